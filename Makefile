@@ -1,0 +1,46 @@
+# make demo   the whole road on a toy world: no GPU, no download but of packages
+# make test   every test, on the CPU
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export YOLO_AUTOINSTALL := false
+export YOLO_OFFLINE := true
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test results base-models lint clean help
+
+help:
+	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 12 minutes on 2 cores)"
+	@echo "make test         every test (about 10 minutes on 2 cores)"
+	@echo "make results      what takes longer: several seeds, sampled rows, the control"
+	@echo "make base-models  build demo/base/ anew from the toy world (tens of minutes)"
+	@echo "make lint         ruff"
+	@echo "make clean        remove output/demo"
+
+# The environment is complete when the stamp of these requirements exists; a half-made one is made again.
+STAMP := $(VENV)/.requirements-installed
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import platform, sys; ok = sys.version_info >= (3, 11) and (platform.system(), platform.machine()) == ("Linux", "x86_64"); \
+	sys.exit(0 if ok else "Drive-VLM needs Python 3.11 or newer on x86-64 Linux (decord has no other wheels); this is Python %s on %s %s. Set PYTHON=/path/to/python3.11." % (platform.python_version(), platform.system(), platform.machine()))'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing requirements.txt into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m demo.run
+
+results: $(STAMP)
+	@$(BIN)/python -m demo.run --results
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
+
+base-models: $(STAMP)
+	@$(BIN)/python -m demo.base_models
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+
+clean:
+	rm -rf output/demo
