@@ -1,0 +1,217 @@
+"""The whole road on the toy world: clips -> checks -> stage 1 -> stage 2 -> stage 3 -> table. No GPU, no download.
+
+    make demo        (python -m demo.run)             about 12 minutes on 2 cores
+    make results     (python -m demo.run --results)   adds seeds, sampled rows and the control; outside the demo's time
+
+A part that is finished is not done again: each leaves a stamp in output/demo/.done/ that names its command, its
+configuration and the parts before it. A part that was cut off goes on from its last checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = Path("output/demo")
+PYTHON = sys.executable
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+MODES = ("microscope", "copilot")
+
+
+@dataclass
+class Part:
+    """One command of the demo. `seconds` is what it took on 2 cores, for the estimate alone."""
+
+    name: str
+    title: str
+    command: list[str]
+    folder: Path
+    seconds: float
+    trains: bool = False
+
+
+def demo_parts() -> list[Part]:
+    c = "configs/demo"
+    return [
+        Part("world", "Toy world: clips, captions, truth",
+             [PYTHON, "-m", "demo.world", "--output_dir", f"{OUT}/world"], OUT / "world", 30),
+        Part("detector", "Detector: assemble the toy YOLOv8 from demo/base/detector",
+             [PYTHON, "-m", "demo.assemble_detector", "--output", f"{OUT}/detector/detector.pt"], OUT / "detector", 8),
+        Part("check", "Check every row, clip and label",
+             [PYTHON, "check_dataset.py", "--config", f"{c}/stage2.yaml", "--output_dir", f"{OUT}/check"],
+             OUT / "check", 40),
+        Part("stage1", "Stage 1: projector and temporal embeddings, two processes",
+             [*TORCHRUN, "train_stage1_ddp.py", "--config", f"{c}/stage1.yaml"], OUT / "stage1", 90, trains=True),
+        Part("stage2", "Stage 2: LoRA and projector, two granularities",
+             [PYTHON, "train_stage2.py", "--config", f"{c}/stage2.yaml"], OUT / "stage2", 130, trains=True),
+        Part("detect", "Evidence: what the toy YOLO sees in each clip",
+             [PYTHON, "-m", "stage3.detect_objects", "--config", f"{c}/stage3.yaml"], OUT / "evidence", 60),
+        Part("stage3", "Stage 3: GRPO, paid by the evidence",
+             [PYTHON, "train_stage3.py", "--config", f"{c}/stage3.yaml"], OUT / "stage3", 240, trains=True),
+        Part("evaluate", "Evaluation on the held-out clips, by exact truth",
+             [PYTHON, "evaluate.py", "--config", f"{c}/stage3.yaml", "--output_dir", f"{OUT}/evaluate", "--checkpoint",
+              *(f"{s}={OUT}/{s}" for s in ("stage1", "stage2", "stage3"))], OUT / "evaluate", 90),
+    ]
+
+
+def fingerprint(part: Part, before: str) -> str:
+    """What the part's result depends on: its command, the demo's configuration files, the parts before it."""
+    h = hashlib.sha256(before.encode())
+    h.update(json.dumps(part.command[1:]).encode())
+    for word in part.command:
+        if word.endswith(".yaml"):
+            h.update(Path(word).read_bytes())
+    return h.hexdigest()
+
+
+def run_part(part: Part, mark: str) -> float:
+    """Run one part to its end, continuing a cut-off one; returns its seconds (0 if it was done before)."""
+    stamps = OUT / ".done"
+    stamps.mkdir(parents=True, exist_ok=True)
+    stamp = stamps / f"{part.name}.json"
+    state = json.loads(stamp.read_text()) if stamp.is_file() else {}
+    if state.get("mark") == mark and state.get("seconds") is not None and part.folder.is_dir():
+        print(f"    done before, in {state['seconds']:.0f} s")
+        return 0.0
+    if state.get("mark") != mark and part.folder.is_dir():
+        shutil.rmtree(part.folder)  # made with another configuration
+    stamp.write_text(json.dumps({"mark": mark, "seconds": None}))
+    command = list(part.command)
+    if part.trains:
+        command += ["--resume", "auto"]
+    start = time.time()
+    code = subprocess.run(command, env=environment()).returncode
+    if code != 0:
+        sys.exit(f"\n'{part.title}' failed with exit code {code}. Its command was:\n    {' '.join(command)}\n"
+                 "Run make demo again: it goes on from here.")
+    seconds = time.time() - start
+    stamp.write_text(json.dumps({"mark": mark, "seconds": seconds}))
+    return seconds
+
+
+def environment() -> dict[str, str]:
+    extra = {"YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+             "TOKENIZERS_PARALLELISM": "false", "ULTRALYTICS_SAFE_LOAD": "1", "YOLO_CONFIG_DIR": str(OUT / ".yolo")}
+    Path(extra["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+    return {**os.environ, **extra}
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def run_parts(parts: list[Part]) -> None:
+    """Run the parts in order, saying before each how long the rest takes at the pace measured so far."""
+    mark, spent, expected = "", 0.0, 0.0
+    for number, part in enumerate(parts, 1):
+        mark = fingerprint(part, mark)
+        pace = spent / expected if spent > 60 else 1.0
+        left = pace * sum(p.seconds for p in parts[number - 1:])
+        print(f"\n=== {number}/{len(parts)}  {part.title}   (about {clock(left)} left)", flush=True)
+        seconds = run_part(part, mark)
+        if seconds:
+            spent, expected = spent + seconds, expected + part.seconds
+            print(f"    took {clock(seconds)}", flush=True)
+
+
+def show_demo() -> None:
+    print("\n" + (OUT / "evaluate" / "table.md").read_text(encoding="utf-8"))
+    print("Look at:")
+    for path, what in [
+        ("check/check_dataset/report.html", "what the loss sees: each token, masked or supervised, beside the frames"),
+        ("stage1/curves.png", "stage 1 learning to see"),
+        ("stage2/curves.png", "stage 2 learning two granularities"),
+        ("stage3/report.html", "stage 3's rollouts: frames, boxes, what each mention was paid"),
+        ("evaluate/report.html", "every held-out clip with every system's answers"),
+    ]:
+        print(f"    {OUT / path}    {what}")
+    print(f"    tensorboard --logdir {OUT}    all curves\nAsk the result something:\n"
+          f"    python generate.py --checkpoint {OUT}/stage3 --video {OUT}/world/videos/<clip>.mp4 --mode copilot")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# make results
+
+def results_parts(seed: int, control_steps: int) -> list[Part]:
+    """Stages 1 to 3 with another seed, the control (stage 2 for stage 3's time more), sampled rows for each."""
+    out, c = OUT / "results" / f"seed{seed}", "configs/demo"
+    s = ["--seed", str(seed)]
+    parts = [
+        Part(f"s{seed}-stage1", f"Seed {seed}: stage 1",
+             [*TORCHRUN, "train_stage1_ddp.py", "--config", f"{c}/stage1.yaml", "--output_dir", f"{out}/stage1", *s],
+             out / "stage1", 90, trains=True),
+        Part(f"s{seed}-stage2", f"Seed {seed}: stage 2",
+             [PYTHON, "train_stage2.py", "--config", f"{c}/stage2.yaml", "--init_from", f"{out}/stage1",
+              "--output_dir", f"{out}/stage2", *s], out / "stage2", 130, trains=True),
+        Part(f"s{seed}-stage3", f"Seed {seed}: stage 3",
+             [PYTHON, "train_stage3.py", "--config", f"{c}/stage3.yaml", "--init_from", f"{out}/stage2",
+              "--output_dir", f"{out}/stage3", *s], out / "stage3", 240, trains=True),
+        Part(f"s{seed}-control", f"Seed {seed}: control, stage 2 trained for stage 3's time more",
+             [PYTHON, "train_stage2.py", "--config", f"{c}/stage2.yaml", "--init_from", f"{out}/stage1",
+              "--output_dir", f"{out}/control", "--max_steps", str(control_steps), *s],
+             out / "control", 370, trains=True),
+    ]
+    systems = [f"{n}={out}/{n}" for n in ("stage1", "stage2", "control", "stage3")]
+    for kind, extra in (("greedy", []), ("sampled", ["--num_samples", "4", "--temperature", "1.0"])):
+        parts.append(Part(
+            f"s{seed}-{kind}", f"Seed {seed}: {kind} answers",
+            [PYTHON, "evaluate.py", "--config", f"{c}/stage3.yaml", "--output_dir", f"{out}/{kind}",
+             "--checkpoint", *systems, *extra], out / kind, 120 if kind == "greedy" else 300))
+    return parts
+
+
+def control_steps() -> int:
+    """Stage 2's own steps and as many more as fit into the time that the demo's stage 3 took."""
+    from train_stage2 import Stage2Config
+    from training import load_config
+
+    config = load_config(Stage2Config, ["--config", "configs/demo/stage2.yaml"])
+    seconds = {n: json.loads((OUT / ".done" / f"{n}.json").read_text())["seconds"] for n in ("stage2", "stage3")}
+    return config.max_steps + round(config.max_steps * seconds["stage3"] / seconds["stage2"])
+
+
+def summarise(seeds: list[int]) -> str:
+    """Mean and standard deviation over seeds of the numbers that the README shows."""
+    keys = ("f1_micro", "recall", "chair_i", "chair_s", "ended")
+    lines = ["| answers | system | mode | " + " | ".join(keys) + " |", "|" + " --- |" * (len(keys) + 3)]
+    for kind in ("greedy", "sampled"):
+        runs = [json.loads((OUT / "results" / f"seed{s}" / kind / "metrics.json").read_text())["systems"] for s in seeds]
+        for system in runs[0]:
+            for mode in MODES:
+                cells = []
+                for key in keys:
+                    values = [run[system][mode][key] for run in runs]
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
+                lines.append(f"| {kind} | {system} | {mode} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", action="store_true", help="after the demo: several seeds, sampled rows, the control")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of --results (default: 1 2 3)")
+    args = parser.parse_args(argv)
+    os.chdir(ROOT)
+    run_parts(demo_parts())
+    show_demo()
+    if args.results:
+        steps = control_steps()
+        for seed in args.seeds:
+            run_parts(results_parts(seed, steps))
+        table = OUT / "results" / "table.md"
+        table.write_text(summarise(args.seeds), encoding="utf-8")
+        print(f"\nMean and standard deviation over seeds {args.seeds}; control: {steps} steps of stage 2.\n")
+        print(table.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
