@@ -5,30 +5,28 @@ NEXT = ("Then", "After that", "Next", "Shortly after", "Moments later")
 LAST = ("Finally", "At last", "In the end")
 
 OPENING = (
-    "The video shows {place} {time} from a moving car.",
-    "The dash camera records a drive along {place} {time}.",
-    "The ego vehicle travels along {place} {time}.",
+    "The video shows {place} {time}.",
+    "The ego vehicle drives on {place} {time}.",
     "This clip follows the ego vehicle on {place} {time}.",
 )
-PLACE = {True: ("a city street", "an urban road", "a street between tall buildings"),
-         False: ("a country road", "a rural road", "a road lined with trees")}
+PLACE = {True: ("a city street", "an urban road", "a street with buildings"),
+         False: ("a country road", "a rural road", "a road with trees")}
 TIME = {True: ("at night", "in the dark"), False: ("by day", "in daylight")}
 CLOSING = (
-    "The road ahead is clear and the ego vehicle continues.",
-    "Afterwards the ego vehicle continues along the lane.",
-    "The ego vehicle keeps its lane as the road stays clear.",
+    "The road ahead is clear.",
+    "Afterwards the ego vehicle continues.",
     "The drive continues straight ahead.",
 )
 
-# One event: what happens ({c}: colour, {side}: left or right), and what follows from it. A companion clause, true or
-# invented, stands between the two.
+# One event: what happens ({c}: colour, {side}: left or right), what follows from it, and who comes along (COMPANION in
+# world.py), in truth or by invention: the same words for both, so that the words alone do not tell.
 WHAT = {
     "light_red": ("the traffic light ahead turns red", "the traffic light over the road shows red"),
     "light_green": ("the traffic light ahead turns green", "the traffic light over the road changes to green"),
-    "stop_sign": ("a stop sign appears on the right", "the ego vehicle reaches a stop sign"),
+    "stop_sign": ("a stop sign appears on the right", "a stop sign stands at the junction"),
     "car_brakes": ("a {c} car ahead brakes", "a {c} car in front slows down and stops"),
     "car_turns": ("a {c} car turns across the road from the {side}", "a {c} car enters from the {side} and turns off"),
-    "person_crosses": ("a pedestrian crosses the road from the {side}", "a person walks across the road from the {side}"),
+    "person_crosses": ("a pedestrian crosses the road from the {side}", "a person walks over the road from the {side}"),
     "bicycle_passes": ("a bicycle overtakes on the {side}", "a bicycle passes the ego vehicle on the {side}"),
     "motorcycle_passes": ("a motorcycle overtakes on the {side}", "a motorcycle passes the ego vehicle on the {side}"),
     "bus_oncoming": ("a {c} bus approaches in the opposite lane", "an oncoming {c} bus passes on the left"),
@@ -79,7 +77,8 @@ def pick(rng, options):
 
 
 def fill(text, event):
-    return text.format(c=event.colour, side="left" if event.from_left else "right")
+    text = text.format(c=event.colour, side="left" if event.from_left else "right")
+    return text.replace("a orange", "an orange")
 
 
 def microscope_caption(script, rng, invented=None, rate=0.0):
@@ -93,7 +92,7 @@ def microscope_caption(script, rng, invented=None, rate=0.0):
         if companion is None and rng.random() < rate:
             companion = (invented or {}).get(event.kind)
         clause = pick(rng, WHILE[companion]) if companion else ""
-        sentences.append(f"{lead}, {fill(pick(rng, WHAT[event.kind]), event)}{clause}{pick(rng, SO[event.kind])}.")
+        sentences.append(f"{lead}, {fill(pick(rng, WHAT[event.kind]), event)}{pick(rng, SO[event.kind])}{clause}.")
     return " ".join([*sentences, pick(rng, CLOSING)])
 
 
@@ -108,7 +107,7 @@ def copilot_caption(script, rng):
 def raw_caption(script):
     """One plain, true caption: what an annotator would write before it is rewritten for each mode."""
     parts = [
-        fill(WHAT[event.kind][0], event) + (WHILE[event.companion][0] if event.companion else "")
-        + SO[event.kind][0] for event in script.events
+        fill(WHAT[event.kind][0] + SO[event.kind][0], event)
+        + (WHILE[event.companion][0] if event.companion else "") for event in script.events
     ]
     return f"A drive on {PLACE[script.city][0]} {TIME[script.night][0]}: {', then '.join(parts)}."

@@ -61,6 +61,7 @@ HELD_OUT_PAIRS = (("bus", "bicycle"), ("truck", "motorcycle"), ("stop sign", "tr
 NUM_HELD_OUT = 40
 SPLIT_SEED = 42
 VARIANTS = 4
+NEAR = 2.2  # metres: nothing nearer is drawn
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def things_at(event, s):
     ahead = between(EGO[event.kind], s)
     out = []
     if event.kind == "light_red":
-        state = "red" if s < 0.9 else "green"
+        state = "amber" if s < 0.15 else "red" if s < 0.9 else "green"
         out = [Thing("traffic light", 1.6, 23 - ahead, 1.25, 2.9, 3.0, state)]
     elif event.kind == "light_green":
         out = [Thing("traffic light", 1.6, 14 - ahead, 1.25, 2.9, 3.0, "red" if s < 0.35 else "green")]
@@ -341,7 +342,8 @@ def draw_motorcycle(pen, thing, night):
     for u in (0.2, 0.8):
         pen.oval((12, 12, 14), u, 0.8, 0.19, 0.2)
         pen.oval((150, 150, 155), u, 0.8, 0.08, 0.085)
-    pen.poly((150, 60, 190), ((0.12, 0.5), (0.4, 0.55), (0.6, 0.42), (0.82, 0.45), (0.88, 0.6), (0.62, 0.85), (0.3, 0.85)))
+    tank = (0.12, 0.5), (0.4, 0.55), (0.6, 0.42), (0.82, 0.45), (0.88, 0.6), (0.62, 0.85), (0.3, 0.85)
+    pen.poly((150, 60, 190), tank)
     pen.poly((35, 35, 42), ((0.3, 0.55), (0.48, 0.55), (0.72, 0.26), (0.52, 0.14), (0.36, 0.3)))
     pen.line((35, 35, 42), ((0.58, 0.28), (0.8, 0.44)), 0.08)
     pen.oval((245, 245, 245), 0.62, 0.11, 0.1, 0.11)
@@ -449,7 +451,7 @@ def draw_ground(image, camera, script, dim):
 
 
 def roadside(script):
-    """Houses or trees beside the road: (side, place along the road, size, shade), 0 <= place < 120 metres, repeating."""
+    """Houses or trees beside the road: (side, metres along it, size, shade); they repeat every 120 metres."""
     rng = np.random.default_rng([*script.seed, 7])
     return [
         (side, place + rng.uniform(-2, 2), rng.uniform(0.7, 1.3), rng.uniform(0.75, 1.1))
@@ -487,12 +489,11 @@ def draw_lane_marks(image, camera, driven, dim):
         pen.poly((225, 222, 200), [camera.point(x, 0, z) for x, z in corners])
 
 
-def draw_thing(image, camera, thing, night, dim):
-    """Draw one object; its Box, or None where too little of it shows to be labelled."""
-    if thing.z < 2.2:
+def label(camera, thing):
+    """The Box of an object, or None where too little of it shows to be labelled."""
+    if thing.z < NEAR:
         return None
     full = camera.box(thing.x, thing.bottom, thing.z, thing.width, thing.height)
-    DRAW[thing.name](Pen(image, full, dim, thing.mirrored), thing, night)
     x1, y1, x2, y2 = max(full[0], 0), max(full[1], 0), min(full[2], WIDTH), min(full[3], HEIGHT)
     if x2 - x1 < 5 or y2 - y1 < 8:
         return None
@@ -501,30 +502,47 @@ def draw_thing(image, camera, thing, night, dim):
     return Box(thing.name, (x1, y1, x2, y2), thing.attribute)
 
 
-def render(script):
-    """Draw a script. Returns a Clip."""
+def camera_of(script):
+    """(camera, light): every clip has its own horizon and brightness."""
     rng = np.random.default_rng([*script.seed, 3])
-    dim = rng.uniform(0.42, 0.55) if script.night else rng.uniform(0.85, 1.05)
-    camera = Camera(WIDTH / 2 + rng.uniform(-10, 10), 72 + rng.uniform(-4, 4))
-    base = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    draw_ground(base, camera, script, min(dim, 1.0))
-    items = roadside(script)
-    begun = rng.uniform(0, 100)
-    frames, boxes = np.empty((FRAMES, HEIGHT, WIDTH, 3), np.uint8), []
+    light = rng.uniform(0.42, 0.55) if script.night else rng.uniform(0.85, 1.0)
+    return Camera(WIDTH / 2 + rng.uniform(-10, 10), 72 + rng.uniform(-4, 4)), light
+
+
+def moments(script):
+    """For each frame: (metres driven, objects from far to near)."""
+    begun = np.random.default_rng([*script.seed, 5]).uniform(0, 100)
     for index in range(FRAMES):
         time = index / FRAMES
         past = [event for event in script.events if event.end <= time + 1e-9]
         event = script.events[len(past)]
         s = (time - event.start) / (event.end - event.start)
         driven = begun + sum(EGO[e.kind][-1][1] for e in past) + between(EGO[event.kind], s)
-        image = base.copy()
-        draw_roadside(image, camera, script, items, driven, min(dim, 1.0))
-        draw_lane_marks(image, camera, driven, min(dim, 1.0))
-        things = sorted(things_at(event, s), key=lambda thing: -thing.z)
-        drawn = [draw_thing(image, camera, thing, script.night, min(dim, 1.0)) for thing in things]
-        boxes.append([box for box in drawn if box])
-        frames[index] = image
-    return Clip(script, frames, boxes)
+        yield driven, sorted(things_at(event, s), key=lambda thing: -thing.z)
+
+
+def boxes_of(script):
+    """What each frame shows, list over frames of lists of Box, without drawing anything."""
+    camera, _ = camera_of(script)
+    labels = ([label(camera, thing) for thing in things] for _, things in moments(script))
+    return [[box for box in boxes if box] for boxes in labels]
+
+
+def render(script):
+    """Draw a script. Returns a Clip."""
+    camera, light = camera_of(script)
+    base = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    draw_ground(base, camera, script, light)
+    items = roadside(script)
+    frames = np.repeat(base[None], FRAMES, axis=0)
+    for image, (driven, things) in zip(frames, moments(script), strict=True):
+        draw_roadside(image, camera, script, items, driven, light)
+        draw_lane_marks(image, camera, driven, light)
+        for thing in things:
+            if thing.z >= NEAR:
+                box = camera.box(thing.x, thing.bottom, thing.z, thing.width, thing.height)
+                DRAW[thing.name](Pen(image, box, light, thing.mirrored), thing, script.night)
+    return Clip(script, frames, boxes_of(script))
 
 
 def make_clip(seed, held_out=False):
