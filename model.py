@@ -14,14 +14,15 @@ import hashlib
 import json
 import shutil
 import subprocess
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -33,6 +34,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.utils import logging as hf_logging
 
 from dataset import IGNORE_INDEX, MODES, chat_pieces, encode_prompt, placeholder_id
 
@@ -49,7 +51,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer: `ids` are all generated ids with the end token, `text` is without it, `ended`: by itself."""
+    """One generated answer: `ids` as generated, with the end token; `text` without it; `ended`: by an end token."""
 
     text: str
     ids: list[int]
@@ -62,6 +64,18 @@ def fail(title, problems):
         raise ModelError(f"{title}: {problems[0]}")
     if problems:
         raise ModelError(f"{title}:" + "".join(f"\n  - {problem}" for problem in problems))
+
+
+@contextmanager
+def seeded(seed, device="cpu"):
+    """Random numbers from `seed` on the CPU and on `device`; the generators are as before afterwards."""
+    cuda = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,15 +194,15 @@ def projector_shapes(vision_config, hidden_size, num_frames):
 @contextmanager
 def _quiet():
     """No progress bars and no load reports: what matters of them is checked here and raised."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        hf_logging.set_verbosity(level)
         if bars:
-            transformers.logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()
 
 
 def _first_line(error):
@@ -219,8 +233,7 @@ def _read_bases(vision_model, language_model, tokenizer_folder, vision_revision,
     try:
         revision = language_revision if tokenizer_folder == language_model else None
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, revision=revision)
-        if tokenizer.chat_template is None:
-            problems.append(f"tokenizer {tokenizer_folder}: has no chat template; take an instruct model")
+        chat_pieces(tokenizer)  # has it a usable chat template, and a token left for the video?
     except (OSError, ValueError) as error:
         problems.append(f"tokenizer {tokenizer_folder}: {_first_line(error)}")
     fail("cannot load the base models", problems)
@@ -256,22 +269,25 @@ def check_head(llm, name="the language model"):
 
     Hidden states are blown up to logits of about 100 first, as a cap would not show on small ones.
     """
-    decoder, head = llm.get_decoder(), llm.get_output_embeddings()
+    head = llm.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{name} has no output head")
+    rows = head.weight[:4096].float()  # part of the vocabulary is enough
     seen = {}
 
-    def blow_up(_, __, output):
-        plain = output.last_hidden_state.float() @ head.weight.float().T
-        output.last_hidden_state = output.last_hidden_state * (100.0 / plain.abs().max().clamp(min=1e-6)).item()
+    def blow_up(module, args, output):
+        top = (output.last_hidden_state.float() @ rows.T).abs().max()
+        output.last_hidden_state = output.last_hidden_state * (100.0 / top.clamp(min=1e-6)).item()
         seen["hidden"] = output.last_hidden_state
         return output
 
-    hook = decoder.register_forward_hook(blow_up)
+    hook = llm.get_decoder().register_forward_hook(blow_up)
     try:
-        ids = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
-        logits = llm(input_ids=ids, use_cache=False).logits.float()  # [1, 8, V]
+        ids = torch.arange(8, device=rows.device)[None] % len(rows)
+        logits = llm(input_ids=ids, use_cache=False).logits  # [1, 8, V]
     finally:
         hook.remove()
-    gap = (logits - seen["hidden"].float() @ head.weight.float().T).abs().max().item()
+    gap = (logits[..., :len(rows)].float() - seen["hidden"].float() @ rows.T).abs().max().item()
     if not gap < 1.0:  # of 100; bfloat16 rounds to 0.25
         raise ModelError(
             f"{name}: its logits are not its head times its last hidden state (off by {gap:.3g} where logits reach "
@@ -327,8 +343,11 @@ def read_checkpoint(folder, expect_stage=None):
 
 def _shape_problems(path, expected):
     """What differs between a safetensors file's header and {name: shape}; reads no tensor."""
-    with safe_open(path, framework="pt") as file:
-        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        return [f"{Path(path).name} cannot be read: {_first_line(error)}"]
     wrong = [f"{name} is {found[name]}, needs {list(expected[name])}"
              for name in expected if name in found and found[name] != list(expected[name])]
     wrong += [f"{name} is missing" for name in expected if name not in found]
@@ -380,12 +399,11 @@ class DriveVLM(nn.Module):
         self.tokens_per_frame = (grid // POOL) ** 2
         self.num_visual_tokens = num_frames * self.tokens_per_frame
         embedding = llm.get_input_embeddings().weight  # [V, D]
-        limit = getattr(llm.config, "max_position_embeddings", None)
+        limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and self.num_visual_tokens >= limit:
             raise ModelError(f"{num_frames} frames make {self.num_visual_tokens} visual tokens; the language model "
                              f"takes {limit} tokens in all: use fewer frames or a smaller image_size")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             projector = Projector(grid, vision.config.hidden_size, embedding.shape[1])
             temporal = torch.randn(num_frames, vision.config.hidden_size) * 0.02
         self.projector = projector.to(embedding.device)
@@ -488,8 +506,8 @@ class DriveVLM(nn.Module):
 
     def _wrap_lora(self, config, seed):
         linears = self._block_linears()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's own
             self.llm = get_peft_model(self.llm, config)  # float32 adapters, also on bfloat16 layers
         wrapped = sum(hasattr(module, "lora_A") for module in self.llm.modules())
         if wrapped != len(linears):
@@ -509,7 +527,7 @@ class DriveVLM(nn.Module):
         """Ids that end an answer: the template's turn end, and all eos of generation config and tokenizer."""
         eos = self.llm.generation_config.eos_token_id
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        ids = [chat_pieces(self.tokenizer).turn_end, *eos, self.tokenizer.eos_token_id]
+        ids = [*chat_pieces(self.tokenizer).turn_end, *eos, self.tokenizer.eos_token_id]
         return list(dict.fromkeys(int(i) for i in ids if i is not None))
 
     def _find_banned_ids(self):
@@ -628,7 +646,7 @@ class DriveVLM(nn.Module):
         print(self.trainable_table(), flush=True)
 
     def train(self, mode=True):
-        """The tower stays in eval mode. The frozen LM follows: it has no dropout, and checkpoints in train mode alone."""
+        """The tower stays in eval mode. The LM, which has no dropout, checkpoints activations in train mode only."""
         super().train(mode)
         self.vision.eval()
         return self
@@ -645,18 +663,15 @@ class DriveVLM(nn.Module):
 
     @contextmanager
     def decoding(self):
-        """Eval mode, no activation checkpointing, KV cache on; everything as it was afterwards."""
+        """Eval mode and no activation checkpointing, which would lose the KV cache; all as it was afterwards."""
         llm, training = self.causal_lm, self.training
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in llm.modules())
-        use_cache = llm.config.use_cache
         if checkpointing:
             self.activation_checkpointing(False)
         self.eval()
-        llm.config.use_cache = True
         try:
             yield self
         finally:
-            llm.config.use_cache = use_cache
             self.train(training)
             if checkpointing:
                 self.activation_checkpointing(True)
@@ -766,10 +781,7 @@ class DriveVLM(nn.Module):
             visual = self.encode_video(frames) if visual is None else visual.to(self.device)
             ids, mask = self.prompt_batch(questions)
             embeds = self.embed(ids, visual)
-            cuda = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
-                if seed is not None:
-                    torch.manual_seed(seed)
+            with nullcontext() if seed is None else seeded(seed, self.device):
                 out = self.causal_lm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
         return [self.answer(row) for row in out.tolist()]
 
