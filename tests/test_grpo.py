@@ -8,7 +8,25 @@ import math
 import pytest
 import torch
 
-from stage3.grpo import group_advantages, grpo_loss, has_variance
+from dataset import Entry, VideoError, cached_frames, encode_prompt
+from model import DriveVLM, ModelError, adapter_hash
+from stage3.grpo import (
+    PREFIX,
+    Group,
+    VisualTokens,
+    check_shared_prefix,
+    completion_logps,
+    group_advantages,
+    grpo_loss,
+    has_variance,
+    load_reference,
+    pack_groups,
+    prompts_of_step,
+    reference,
+    sample_groups,
+    sample_tokens,
+    stable_seed,
+)
 
 INF = float("inf")
 NAN = float("nan")
@@ -246,3 +264,261 @@ def test_loss_refuses(options, message):
     arguments = {"logps": LOGPS, "advantages": ADVANTAGES, "mask": MASK, **options}
     with pytest.raises(ValueError, match=message):
         grpo_loss(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine, on a random Qwen3 (2 layers, grouped heads) and on a Llama with other control tokens
+
+PROMPTS = ["Describe the video in detail.", "Summarize the driving scene concisely.", "What now?"]
+
+
+@pytest.fixture(scope="module", params=["llm", "llm_plain"])
+def model(request, tiny):
+    """A float32 model with an adapter that does something; its end tokens made likely, so that answers end."""
+    return build(tiny, request.param)
+
+
+def build(tiny, llm="llm", attention="sdpa"):
+    model = DriveVLM.from_base(tiny.vision, getattr(tiny, llm), num_frames=2, dtype="float32", seed=1)
+    model.add_lora(r=4, alpha=8, dropout=0.1, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.llm.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.2, generator=generator)
+    model.causal_lm.set_attn_implementation(attention)
+    model.set_trainable(3)
+    return model
+
+
+def prompts_of(model, count=3):
+    """Prompts of unequal lengths, and random tokens in the place of the clips."""
+    prompts = [encode_prompt(model.tokenizer, q, model.num_visual_tokens) for q in PROMPTS[:count]]
+    generator = torch.Generator().manual_seed(4)
+    width = model.head_weight.shape[1]
+    return prompts, torch.randn(count, model.num_visual_tokens, width, generator=generator) * 0.1
+
+
+def groups_of(model, lengths=((1, 5, 9), (7, 2, 2), (1, 1, 4))):
+    prompts, visual = prompts_of(model, len(lengths))
+    generator = torch.Generator().manual_seed(5)
+    allowed = [i for i in range(len(model.tokenizer)) if i not in model.banned_ids.tolist()]
+    draw = lambda n: [allowed[i] for i in torch.randint(len(allowed), (n,), generator=generator)]  # noqa: E731
+    return [Group(p, v, [draw(n) for n in row]) for p, v, row in zip(prompts, visual, lengths, strict=True)]
+
+
+def plain_logps(model, group, completion, temperature):
+    """Log-probs by the book: one unpadded row, the whole vocabulary, control tokens at -inf."""
+    ids = torch.tensor([group.prompt + completion])
+    logits = model.llm(inputs_embeds=model.embed(ids, group.visual[None])).logits[0].float() / temperature
+    logits[:, model.banned_ids] = -INF
+    logps = logits.log_softmax(-1)[len(group.prompt) - 1 : -1]  # [T, V]
+    entropy = -(logps.exp() * logps.clamp(min=-1e9)).sum(-1)
+    return logps.gather(1, torch.tensor(completion)[:, None])[:, 0], entropy
+
+
+def adapter_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_the_pass_equals_a_plain_forward_of_each_completion(model, shared_prefix, attention, temperature):
+    """Values, entropies and gradients to 1e-5, with ragged lengths (one token too) and padded rows."""
+    model.causal_lm.set_attn_implementation(attention)
+    groups = groups_of(model)
+    weights = torch.randn(9, 9, generator=torch.Generator().manual_seed(6))
+    expected, entropies = torch.zeros(9, 9), torch.zeros(9, 9)
+    for row, (group, completion) in enumerate((g, c) for g in groups for c in g.completions):
+        logps, entropy = plain_logps(model, group, completion, temperature)
+        expected[row, : len(completion)], entropies[row, : len(completion)] = logps, entropy.detach()
+    by_the_book = adapter_gradients(model, (expected * weights).sum())
+
+    logps, entropy, mask = completion_logps(model, groups, temperature=temperature, shared_prefix=shared_prefix)
+    assert mask.sum(1).tolist() == [1, 5, 9, 7, 2, 2, 1, 1, 4]
+    torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, entropies, atol=1e-5, rtol=1e-5)
+    ours = adapter_gradients(model, (logps * weights).sum())
+    assert ours.keys() == by_the_book.keys() and all(g.abs().max() > 0 for g in ours.values())
+    for name in ours:
+        torch.testing.assert_close(ours[name], by_the_book[name], atol=1e-5, rtol=1e-5, msg=name)
+    model.causal_lm.set_attn_implementation("sdpa")
+
+
+def test_activation_checkpointing_changes_nothing(model):
+    groups = groups_of(model)
+    kept = adapter_gradients(model, completion_logps(model, groups)[0].sum())
+    model.activation_checkpointing(True)
+    again = adapter_gradients(model, completion_logps(model, groups)[0].sum())
+    model.activation_checkpointing(False)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_the_prompt_is_in_the_row_once(model):
+    groups = groups_of(model)
+    ids, owner, positions, *_ = pack_groups(groups, model.pad_token_id)
+    prompt = len(groups[0].prompt)
+    assert (owner[0] == PREFIX).sum() == prompt
+    assert owner[0, prompt:].tolist()[:12] == [1] * 4 + [2] * 8  # a completion's last token is not read
+    assert positions[0, prompt:].tolist()[:12] == [prompt + i for i in (0, 1, 2, 3)] + [prompt + i for i in range(8)]
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_group_from_one_prefill_says_what_each_alone_says(model, shared_prefix, attention):
+    """Greedy: three prompts of unequal lengths together, twice each, against transformers' own generate, one by one."""
+    model.causal_lm.set_attn_implementation(attention)
+    prompts, visual = prompts_of(model)
+    answers = sample_groups(
+        model, prompts, visual, [[0, 1]] * 3, [12, 7, 12], temperature=0.0, shared_prefix=shared_prefix
+    )
+    for p, question in enumerate(PROMPTS):
+        alone = model.generate(None, [question], max_new_tokens=7 if p == 1 else 12, visual=visual[p : p + 1])[0]
+        for answer in answers[p]:
+            assert (answer.ids, answer.text, answer.ended) == (alone.ids, alone.text, alone.ended)
+    model.causal_lm.set_attn_implementation("sdpa")
+
+
+def seeds_of(prompts, group, step=0):
+    return [[stable_seed(9, step, p, k) for k in range(group)] for p in range(len(prompts))]
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_sampling_is_by_seed_and_the_same_in_any_company(model, shared_prefix):
+    prompts, visual = prompts_of(model)
+    seeds = seeds_of(prompts, 4)
+    together = sample_groups(model, prompts, visual, seeds, [15] * 3, shared_prefix=shared_prefix)
+    again = sample_groups(model, prompts, visual, seeds, [15] * 3, shared_prefix=not shared_prefix)
+    assert [c.ids for g in together for c in g] == [c.ids for g in again for c in g]
+    one = sample_groups(model, prompts[1:2], visual[1:2], [[seeds[1][2]]], [15], shared_prefix=shared_prefix)
+    assert one[0][0].ids == together[1][2].ids
+    assert len({tuple(c.ids) for c in together[0]}) == 4
+    other = sample_groups(model, prompts, visual, seeds_of(prompts, 4, step=1), [15] * 3)
+    assert [c.ids for g in together for c in g] != [c.ids for g in other for c in g]
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_log_probs_as_sampled_are_those_of_the_policy(model, shared_prefix):
+    """Rows that finish early leave, and those that stay are none the worse; the end id is in the loss."""
+    prompts, visual = prompts_of(model)
+    sampled = sample_groups(
+        model, prompts, visual, seeds_of(prompts, 8), [40] * 3, temperature=1.3, shared_prefix=shared_prefix
+    )
+    lengths = [len(c.ids) for group in sampled for c in group]
+    assert min(lengths) < 20 and len(set(lengths)) > 3
+    groups = [Group(p, v, [c.ids for c in g]) for p, v, g in zip(prompts, visual, sampled, strict=True)]
+    logps, _, mask = completion_logps(model, groups, temperature=1.3)
+    as_sampled = torch.tensor([x for group in sampled for c in group for x in c.logps])
+    torch.testing.assert_close(logps[mask], as_sampled, atol=1e-5, rtol=1e-5)
+    for completion in (c for group in sampled for c in group):
+        inner, last = completion.ids[:-1], completion.ids[-1]
+        assert not set(inner) & set(model.end_ids) and not set(completion.ids) & set(model.banned_ids.tolist())
+        assert completion.ended == (last in model.end_ids) and (completion.ended or len(completion.ids) == 40)
+
+
+def test_all_end_ids_end_a_completion(tiny):
+    model = build(tiny)
+    prompts, visual = prompts_of(model)
+    assert len(model.end_ids) == 2
+    for end in model.end_ids:
+        model.end_ids, kept = [end], model.end_ids
+        ids = [c.ids for g in sample_groups(model, prompts, visual, seeds_of(prompts, 8), [60] * 3) for c in g]
+        model.end_ids = kept
+        both = [c.ids for g in sample_groups(model, prompts, visual, seeds_of(prompts, 8), [60] * 3) for c in g]
+        assert any(len(a) > len(b) for a, b in zip(ids, both, strict=True))
+
+
+def test_sampled_frequencies_are_the_probabilities():
+    logits = torch.tensor([[1.0, -INF, 0.0, 2.0, -INF]]).repeat(20000, 1)
+    tokens = sample_tokens(logits, torch.rand(20000, generator=torch.Generator().manual_seed(0)))
+    counts = torch.bincount(tokens, minlength=5) / 20000
+    torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.01, rtol=0)
+    assert counts[1] == 0 and counts[4] == 0
+    edges = sample_tokens(torch.tensor([[-INF, 0.0, 0.0, -INF]] * 2), torch.tensor([0.0, 1 - 2**-24]))
+    assert edges.tolist() == [1, 2]
+
+
+def test_models_that_cannot_share_a_prefix_are_told(tiny):
+    model = build(tiny)
+    check_shared_prefix(model.causal_lm)
+    model.causal_lm.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ModelError, match="shared_prefix to false"):
+        check_shared_prefix(model.causal_lm)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference, prompts, cached tokens
+
+
+def test_the_reference_is_the_adapter_it_was_loaded_from(tiny, tmp_path):
+    model = build(tiny)
+    model.save_checkpoint(tmp_path / "stage2", stage=2)
+    stored = load_reference(model, tmp_path / "stage2")
+    assert stored == adapter_hash(tmp_path / "stage2")
+    groups = groups_of(model)
+    with torch.no_grad(), reference(model):
+        ref_logps, _, mask = completion_logps(model, groups)
+    logps, _, _ = completion_logps(model, groups)
+    _, stats = grpo_loss(logps, torch.ones(9), mask, ref_logps=ref_logps, beta=0.1)
+    assert stats["kl"] == 0.0 and stats["ratio"] == 1.0  # step 0, to the bit
+
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".default." in name for name in trained)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    logps.sum().backward()
+    optimizer.step()
+    assert adapter_hash(model.adapter_state("reference")) == stored
+    assert adapter_hash(model.adapter_state()) != stored
+    with torch.no_grad(), reference(model):
+        again, _, _ = completion_logps(model, groups)
+    assert torch.equal(again, ref_logps)
+    moved, _, _ = completion_logps(model, groups)
+    assert not torch.equal(moved, ref_logps)
+    model.save_checkpoint(tmp_path / "stage3", stage=3)  # only the policy is saved
+    assert adapter_hash(tmp_path / "stage3") == adapter_hash(model.adapter_state())
+    assert not (tmp_path / "stage3" / "adapter" / "reference").exists()
+
+
+def test_an_error_inside_the_reference_gives_the_policy_back(tiny, tmp_path):
+    model = build(tiny)
+    model.save_checkpoint(tmp_path / "stage2", stage=2)
+    load_reference(model, tmp_path / "stage2")
+    with pytest.raises(KeyError), reference(model):
+        raise KeyError
+    assert model.llm.active_adapter == "default"
+    model.check_trainable()
+
+
+def test_prompts_are_dealt_out_by_mode_and_every_entry_once_a_pass():
+    entries = [Entry(f"{v}#{mode}", v, mode, "?", ("!",)) for v in "abcde" for mode in ("microscope", "copilot")]
+    modes = ["microscope", "copilot", "microscope"]
+    steps = [prompts_of_step(entries, step, 3, modes, 7) for step in range(10)]
+    assert all([e.mode for e in step] == modes for step in steps)
+    for mode, passes in (("microscope", 4), ("copilot", 2)):
+        order = [e.video for step in steps for e in step if e.mode == mode]
+        rounds = [order[i * 5 : i * 5 + 5] for i in range(passes)]
+        assert all(sorted(r) == list("abcde") for r in rounds) and len(set(map(tuple, rounds))) > 1
+    assert steps[4] == prompts_of_step(entries, 4, 3, modes, 7)
+    assert steps != [prompts_of_step(entries, step, 3, modes, 8) for step in range(10)]
+
+
+def test_cached_tokens_are_those_of_one_clip_alone(tiny, tmp_path):
+    model = build(tiny)
+    tokens = VisualTokens(model, tmp_path / "tokens", tiny.videos)
+    fresh = tokens("car.mp4")
+    frames = torch.as_tensor(cached_frames(tiny.videos / "car.mp4", 2, 96, None))
+    with torch.no_grad():
+        assert torch.equal(fresh, model.encode_video(frames[None])[0])
+    (file,) = (tmp_path / "tokens").iterdir()
+    written = file.stat().st_mtime_ns
+    assert torch.equal(VisualTokens(build(tiny), tmp_path / "tokens", tiny.videos)("car.mp4"), fresh)
+    assert file.stat().st_mtime_ns == written
+    with torch.no_grad():
+        model.temporal += 1.0  # another projector: another file
+    assert not torch.equal(VisualTokens(model, tmp_path / "tokens", tiny.videos)("car.mp4"), fresh)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    with pytest.raises(VideoError):
+        tokens("absent.mp4")
