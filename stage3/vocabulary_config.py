@@ -1,0 +1,819 @@
+"""The driving vocabulary as plain data, and the parser that finds its objects in a text.
+
+`find_mentions(text)` returns every COCO object that a text names, with negation. `read_text(text)` returns the same
+and more: what the reward (stage3/grpo_reward_func.py) needs to know of each word. Words are compared with words,
+never with substrings; the longest phrase wins. docs/reward.md tells how to add a class.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects
+
+COCO_NAMES = (  # in the order of the class ids 0..79
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
+    "hair drier", "toothbrush",
+)
+
+# An invented one of these is what a driver must never be told: the hallucination part is strict about them.
+SAFETY_CRITICAL = frozenset(
+    {"person", "bicycle", "car", "motorcycle", "bus", "train", "truck", "traffic light", "stop sign"}
+)
+
+# class -> other words for it, in the singular. The class's own name is a word for it too; plurals are made below.
+# Left out on purpose, because on the road they mean something else: driver, passenger and motorist (inside a car),
+# walker, figure, family, coach, ship, jet.
+SYNONYMS = {
+    "person": (
+        "pedestrian", "man", "woman", "child", "schoolchild", "kid", "boy", "girl", "guy", "lady", "gentleman", "adult",
+        "teenager", "toddler", "baby", "passerby", "bystander", "onlooker", "jaywalker", "jogger", "runner", "worker",
+        "policeman", "policewoman", "police officer", "traffic officer", "officer", "crossing guard", "flagger",
+        "firefighter", "individual", "shopper", "tourist", "student", "crowd", "people", "somebody", "someone",
+        "no one", "nobody", "anyone", "human", "human figure",
+    ),
+    "bicycle": ("bike", "cycle", "mountain bike", "road bike", "pushbike", "e bike", "ebike"),
+    "car": (
+        "sedan", "suv", "hatchback", "coupe", "convertible", "station wagon", "crossover", "limousine", "automobile",
+        "taxi", "taxicab", "cab", "jeep", "sports car", "police car", "patrol car", "squad car", "police cruiser",
+        "passenger car", "sport utility vehicle", "compact car",
+    ),
+    "motorcycle": ("motorbike", "moped", "motor scooter", "motor bike", "dirt bike"),
+    "airplane": ("plane", "aeroplane", "aircraft"),
+    "bus": (
+        "minibus", "coach bus", "school bus", "city bus", "double decker", "double decker bus", "transit bus",
+        "shuttle bus", "autobus",
+    ),
+    "train": ("locomotive", "subway train", "freight train"),
+    "truck": (
+        "lorry", "semi", "semi truck", "semi trailer", "semi trailer truck", "tractor trailer", "eighteen wheeler",
+        "18 wheeler", "box truck", "dump truck", "garbage truck", "trash truck", "delivery truck", "cargo truck",
+        "tow truck", "tanker truck", "tanker", "cement truck", "cement mixer", "flatbed truck", "freight truck",
+        "moving truck", "food truck",
+    ),
+    "boat": ("sailboat", "motorboat", "canoe", "kayak"),
+    "traffic light": (
+        "traffic signal", "stoplight", "stop light", "traffic signal light", "signal light", "stop signal",
+        "traffic control light", "traffic control signal",
+    ),
+    "fire hydrant": ("hydrant",),
+    "dog": ("puppy",),
+    "cat": ("kitten",),
+    "cow": ("cattle", "bull"),
+    "horse": ("pony",),
+    "bird": ("pigeon", "seagull"),
+    "sheep": ("lamb",),
+    "backpack": ("rucksack",),
+    "handbag": ("purse",),
+    "suitcase": ("luggage",),
+    "sports ball": ("ball", "soccer ball", "basketball"),
+    "tv": ("television",),
+    "couch": ("sofa",),
+    "cell phone": ("phone", "smartphone", "mobile phone", "cellphone"),
+    "refrigerator": ("fridge",),
+    "hair drier": ("hair dryer", "hairdryer"),
+    "donut": ("doughnut",),
+    "potted plant": ("flower pot",),
+    "dining table": ("table",),
+}
+
+# One word that says two classes at once.
+SEVERAL = {
+    "cyclist": ("bicycle", "person"), "bicyclist": ("bicycle", "person"), "bicycle rider": ("bicycle", "person"),
+    "bike rider": ("bicycle", "person"), "motorcyclist": ("motorcycle", "person"),
+    "motorcycle rider": ("motorcycle", "person"), "motorbike rider": ("motorcycle", "person"),
+    "skateboarder": ("skateboard", "person"), "dog walker": ("dog", "person"),
+}
+
+# Words that any one of several classes satisfies. They are no mention of a class; the reward asks only that one of
+# them is there, and gives half the recall of the first that the caption does not name otherwise.
+ANY_OF = {
+    "vehicle": ("car", "truck", "bus", "motorcycle"),
+    "motor vehicle": ("car", "truck", "bus", "motorcycle"),
+    "construction vehicle": ("truck", "car", "bus"),
+    "van": ("car", "truck", "bus"), "minivan": ("car", "truck"), "delivery van": ("truck", "car", "bus"),
+    "pickup": ("truck", "car"), "pickup truck": ("truck", "car"), "pick up truck": ("truck", "car"),
+    "motorhome": ("truck", "bus", "car"), "motor home": ("truck", "bus", "car"), "rv": ("truck", "bus", "car"),
+    "shuttle": ("bus", "car", "truck"), "camper": ("truck", "car", "bus"),
+    "tram": ("train", "bus"), "streetcar": ("train", "bus"), "trolley": ("bus", "train"), "light rail": ("train", "bus"),
+    "trolleybus": ("bus", "train"), "light rail train": ("train", "bus"), "light rail vehicle": ("train", "bus"),
+    "scooter": ("motorcycle", "bicycle"), "biker": ("motorcycle", "bicycle"), "rider": ("motorcycle", "bicycle"),
+    "two wheeler": ("motorcycle", "bicycle"),
+}
+WITH_PERSON = frozenset({"biker", "rider"})  # these say "person" as well
+
+# Special vehicles whose kind a COCO detector cannot confirm. With the base class there they earn nothing and cost half
+# an error; without it they are an error.
+UNVERIFIABLE = {
+    "fire truck": ("truck",), "firetruck": ("truck",), "fire engine": ("truck",),
+    "ambulance": ("truck", "car", "bus"), "emergency vehicle": ("car", "truck", "bus"),
+    "police van": ("truck", "car", "bus"), "police truck": ("truck",), "police vehicle": ("car", "truck"),
+    "police motorcycle": ("motorcycle",),
+}
+
+IRREGULAR_PLURALS = {
+    "person": ("people", "persons"), "people": (), "man": ("men",), "woman": ("women",), "child": ("children",),
+    "schoolchild": ("schoolchildren",), "policeman": ("policemen",), "policewoman": ("policewomen",),
+    "gentleman": ("gentlemen",), "passerby": ("passersby", "passerbys"), "aircraft": (), "cattle": (), "sheep": (),
+    "luggage": (), "skis": (), "scissors": (), "broccoli": (), "mouse": ("mice",), "knife": ("knives",),
+    "somebody": (), "someone": (), "no one": (), "nobody": (), "anyone": (), "bus": ("buses", "busses"),
+    "bicycle": ("bicycles",), "light rail": (),
+}
+
+# COCO names that are more often another word on the road ("an orange car", "bear left", "a remote area", "the fork in
+# the road"): a mention only as a plain noun, after a determiner and before a function word or a stop.
+GUARDED = frozenset({
+    "orange", "bear", "tie", "remote", "sink", "bed", "book", "mouse", "fork", "cycle", "adult", "clock", "table",
+    "individual", "human", "student", "ball", "kite", "cake", "bat", "apple", "tanker", "cab", "bull", "semi", "tv",
+})
+
+# Longer phrases in which an object's name is no object. Plurals are made as for objects.
+NEUTRAL = (
+    # bus, truck, train, bicycle infrastructure
+    "bus stop", "bus lane", "bus shelter", "bus station", "bus terminal", "bus route", "bus line", "bus depot",
+    "bus bay", "bus stop sign", "bus driver", "bus only lane", "bus service",
+    "bike lane", "bicycle lane", "cycle lane", "bike path", "bicycle path", "cycle path", "bike rack", "bicycle rack",
+    "bike route", "bicycle route", "bike trail", "bike lane marking", "bicycle lane marking", "bike symbol",
+    "bicycle symbol", "bike sign", "bicycle sign", "bike share station", "cyclist lane",
+    "truck stop", "truck lane", "truck route", "truck driver", "truck rental", "truck parking",
+    "train station", "train track", "train crossing", "train bridge", "train line", "train platform", "train rail",
+    "train stop", "train tunnel",
+    # cars
+    "car park", "car wash", "car dealership", "car dealer", "car lot", "car rental", "car repair shop", "car shop",
+    "car port", "car garage", "car pool", "car pool lane", "car seat", "cable car", "car horn", "car radio",
+    "car alarm", "car mirror", "car dashboard", "car hood", "car windshield", "car window", "car interior", "car ride",
+    "car audio", "car sharing", "car stereo", "auto repair shop", "car service", "car driver",
+    "taxi stand", "taxi rank", "taxi stop", "taxi lane", "taxi driver", "taxi sign", "cab driver",
+    "vehicle registration", "vehicle traffic", "vehicle movement", "vehicle activity", "vehicle flow",
+    "vehicle interior", "vehicle dashboard", "vehicle hood", "vehicle lane",
+    # people
+    "pedestrian crossing", "pedestrian crosswalk", "pedestrian crosswalk sign", "pedestrian walkway",
+    "pedestrian bridge", "pedestrian overpass", "pedestrian underpass", "pedestrian tunnel", "pedestrian path",
+    "pedestrian pathway", "pedestrian lane", "pedestrian area", "pedestrian zone", "pedestrian street",
+    "pedestrian signal", "pedestrian light", "pedestrian traffic light", "pedestrian traffic signal",
+    "pedestrian crossing signal", "pedestrian crossing light", "pedestrian walk signal", "pedestrian signal light",
+    "pedestrian sign", "pedestrian crossing sign", "pedestrian warning sign", "pedestrian sidewalk",
+    "pedestrian traffic", "pedestrian activity", "pedestrian movement", "pedestrian flow", "pedestrian presence",
+    "pedestrian infrastructure", "pedestrian safety", "pedestrian access", "pedestrian stripe", "pedestrian marking",
+    "pedestrian island", "pedestrian interaction", "pedestrian barrier", "pedestrian route", "pedestrian ramp",
+    "pedestrian friendly", "pedestrian space", "pedestrian mall", "pedestrian refuge", "pedestrian button",
+    "pedestrian and vehicular traffic", "pedestrian and vehicular activity", "pedestrian and vehicle traffic",
+    "pedestrian or vehicular activity", "pedestrian or vehicular traffic", "pedestrian and vehicle activity",
+    "pedestrian and vehicle movement", "pedestrian or vehicle activity", "pedestrian and traffic activity",
+    "people mover", "children crossing sign", "men at work", "men at work sign", "man made", "first person",
+    "third person", "first person view", "second person", "baby seat", "child seat", "student driver", "human activity",
+    "human presence", "human movement", "human interaction", "human error", "individual vehicle", "individual car",
+    "worker sign", "school crossing", "runner up",
+    # lights and signs that are no traffic light and no stop sign
+    "streetlight", "street light", "street lamp", "brake light", "tail light", "taillight", "headlight", "head light",
+    "turn signal", "turning signal", "signal turn", "hand signal", "signal tower", "signal box", "hazard light",
+    "indicator light", "rear light", "red tail light", "red brake light", "red rear light", "red taillight",
+    "traffic light pole", "traffic signal pole", "signal pole", "walk signal", "crossing signal", "crosswalk signal",
+    "railroad crossing signal", "railway signal", "warning light", "emergency light", "police light", "light pole",
+    "light post", "green light district", "red light camera", "red light district", "stop sign pole", "stop line",
+    "cell signal", "gps signal", "flood light", "neon light", "christmas light",
+    # animals and things by name only
+    "bird s eye view", "bird eye view", "birds eye view", "dog park", "horse power", "deer crossing", "cat s eye",
+    "hot dog stand", "zebra crossing", "zebra stripe", "zebra marking", "bear left", "bear right", "fork in the road",
+    "orange cone", "truck bed", "flower bed", "river bed", "seed bed", "book store", "book shop", "phone booth",
+    "phone pole", "phone line", "phone tower", "phone number", "phone store", "phone box", "telephone pole",
+    "phone mount", "phone holder", "mobile phone store", "cup holder", "bottle neck", "bottle shop", "pizza shop",
+    "pizza place", "pizza restaurant", "pizza parlor", "pizza sign", "donut shop", "donut store", "sandwich shop",
+    "cake shop", "clock tower", "power plant", "boat trailer", "table top", "plane of view", "image plane",
+    "baby carriage", "baby stroller", "kite flying", "cat walk", "chair lift", "couch store", "train of thought",
+    "bench mark", "mouse over", "apple store", "bowling bowl", "cattle guard", "cattle grid", "bull bar",
+    "traffic light camera", "bus ad", "bus pass",
+)
+
+# The camera's own vehicle: it is not in the picture, so it is no mention; what it does may still be told.
+EGO = (
+    "ego vehicle", "ego car", "ego", "own vehicle", "own car", "our vehicle", "our car", "my vehicle", "my car",
+    "camera vehicle", "camera car", "camera equipped vehicle", "camera equipped car", "recording vehicle",
+    "recording car", "capturing vehicle", "capturing car", "filming vehicle", "filming car", "observing vehicle",
+    "observing car", "dashcam vehicle", "dashcam car", "dash cam vehicle", "dashcam equipped vehicle",
+    "dashcam equipped car", "host vehicle", "subject vehicle", "viewer s vehicle", "viewer s car",
+    "observer s vehicle", "observer s car", "driver s vehicle", "driver s car", "camera s vehicle", "pov vehicle",
+    "pov car", "viewing vehicle", "primary vehicle", "test vehicle", "camera bearing vehicle", "camera carrying vehicle",
+    "driver", "camera", "dashcam", "dash cam", "dash camera", "viewer", "observer", "we", "us",
+    "viewer s own vehicle", "observer s own vehicle", "narrator", "point of view vehicle",
+)
+# "car" and "vehicle" are the camera's own after one of these ("from inside a moving car") ...
+EGO_BEFORE = re.compile(
+    r"\b(inside|within|aboard|interior of|equipped|perspective of|viewpoint of|view of someone in|vantage point of|"
+    r"point of view of|mounted in|mounted on|from)"
+    r"(?: (?:a|an|the|another))?(?P<moving> (?:moving|driving|stationary|travelling|traveling|stopped|parked))?$"
+)
+# ... and before one of these ("the car's dashboard").
+EGO_AFTER = frozenset(
+    "dashboard hood windshield windscreen interior perspective viewpoint camera dashcam cabin bonnet equipped "
+    "dash".split()
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a caption says about objects
+
+# attribute category -> words. Categories are counted, not words: "red blue green" is one thing said.
+ATTRIBUTES = {
+    "colour": "red blue green white black silver gray grey yellow orange brown amber beige maroon golden gold purple "
+              "pink tan dark bright colored coloured light-colored",
+    "size": "large small big tall long compact tiny huge little oversized mid-sized",
+    "state": "parked stopped stationary moving oncoming standing idle flashing illuminated lit steady slow fast "
+             "halted waiting seated empty crowded",
+    "position": "ahead left right front behind opposite adjacent near nearby close distant distance roadside curb side "
+                "center centre middle corner across adjacent background foreground beside alongside front-left "
+                "rightmost leftmost overhead directly",
+    "number": "two three four five six seven eight nine ten several many multiple few single numerous another pair "
+              "group dozen",
+}
+
+# scene category -> value -> words or phrases. What no COCO detector can check: it pays little and is capped.
+SCENE = {
+    "time": {
+        "night": ("night", "nighttime", "night time", "nocturnal", "in the dark"),
+        "day": ("day", "daytime", "daylight", "by day", "midday", "afternoon", "morning", "sunlight"),
+        "dusk": ("dusk", "twilight", "sunset", "evening"), "dawn": ("dawn", "sunrise"),
+    },
+    "weather": {
+        "clear": ("clear sky", "clear skies", "clear weather", "blue sky", "sunny"),
+        "overcast": ("overcast", "cloudy", "clouds", "gray sky", "grey sky"),
+        "rain": ("rain", "rainy", "raining", "raindrops", "drizzle"), "snow": ("snow", "snowy", "snowing", "snowfall"),
+        "fog": ("fog", "foggy", "mist", "misty", "haze", "hazy"),
+    },
+    "surface": {"wet": ("wet", "puddle", "puddles", "slick", "damp"), "dry": ("dry",), "icy": ("ice", "icy")},
+    "road": {
+        "highway": ("highway", "freeway", "motorway", "expressway", "interstate"),
+        "residential": ("residential", "suburban", "neighborhood", "neighbourhood"),
+        "city": ("city", "urban", "downtown", "cityscape"),
+        "country": ("rural", "country road", "countryside", "country", "road lined with trees"),
+        "tunnel": ("tunnel",), "bridge": ("bridge", "overpass"),
+    },
+    "layout": {
+        "intersection": ("intersection", "junction", "crossroads", "crossroad"), "roundabout": ("roundabout",),
+        "crosswalk": ("crosswalk", "crosswalks", "pedestrian crossing", "pedestrian crossings", "zebra crossing"),
+        "lanes": ("lane", "lanes", "lane marking", "lane markings", "median", "divider"),
+        "bend": ("curve", "bend"),
+    },
+    "surroundings": {
+        "buildings": ("building", "buildings", "storefront", "storefronts", "shop", "shops", "houses", "skyscrapers"),
+        "trees": ("tree", "trees", "palm trees", "vegetation", "greenery"),
+        "sidewalk": ("sidewalk", "sidewalks", "pavement"), "parking": ("parking lot", "parking lane"),
+        "barrier": ("barrier", "barriers", "guardrail", "fence"),
+        "signs": ("sign", "signs", "billboard", "signage"),
+    },
+    "lighting": {
+        "lamps": ("streetlight", "streetlights", "street light", "street lights", "street lamp", "street lamps"),
+        "neon": ("neon", "illuminated signs"), "glare": ("glare", "headlights", "reflections"),
+    },
+}
+EXCLUSIVE = frozenset({"time", "weather", "surface"})  # two values of one of these contradict each other: no pay
+
+# Verbs of motion and change, in the base form; the other forms are made below. Words of captions about captions
+# (show, depict, indicate, suggest, capture) are not here: they say nothing about the road.
+DYNAMIC_VERBS = tuple(
+    "accelerate advance appear approach arrive board brake change clear creep cross cut cycle decelerate depart "
+    "disappear drive emerge enter exit flow follow go halt hurry inch join jog leave make merge move navigate "
+    "overtake pass pause proceed pull reach resume reverse ride roll run rush slow speed start step steer stop swerve "
+    "switch transition travel traverse turn veer wait walk weave yield".split()
+)
+IRREGULAR_VERBS = {
+    "drive": "drove driven", "go": "went gone", "leave": "", "run": "ran", "ride": "rode ridden", "cut": "cut",
+    "speed": "sped", "make": "made", "creep": "crept",
+}
+DOUBLED = frozenset("cut jog run step stop".split())  # stop, stopping, stopped
+NO_BARE_FORM = frozenset("make go leave clear change speed cycle".split())  # too often a noun, adjective or filler
+NO_VERB = frozenset("left made clears clearing cleared makes making cycles".split())
+
+CONNECTIVES = (
+    "then", "next", "after", "afterwards", "afterward", "after that", "before", "while", "as", "when", "once", "until",
+    "meanwhile", "subsequently", "finally", "later", "eventually", "soon", "soon after", "shortly after", "at first",
+    "first", "initially", "because", "so", "since", "therefore", "thus", "due to", "as a result", "in response",
+    "causing", "allowing", "leading to", "followed by", "at the same time", "suddenly", "gradually", "during",
+    "moments later", "at last", "in the end", "in the beginning", "at the beginning", "simultaneously",
+    "in turn", "thereafter", "before long", "by the end",
+)
+NO_CONNECTIVE = ("such as", "as well as", "as well", "as if", "as though", "so far", "same as", "as though")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grammar
+
+DETERMINERS = frozenset("a an the this that its their his her our my some any each every another one no".split())
+ARTICLES = frozenset({"a", "an", "the"})
+NUMBERS = frozenset("two three four five six seven eight nine ten several many few multiple various numerous".split())
+PREPOSITIONS = frozenset(
+    "of in on at to from with by for into onto over under near behind between through along across toward towards past "
+    "around against among beside beyond within inside outside off up down out about amid via upon above below".split()
+)
+AUXILIARIES = frozenset(
+    "is are was were be been being has have had do does did can could will would may might must should isn't aren't "
+    "wasn't weren't".split()
+)
+CONJUNCTIONS = frozenset(
+    "and or nor but while as when where which who that than then because so if until before after although though "
+    "however whereas since once yet except".split()
+)
+PRONOUNS = frozenset("it they he she we us them him there this these those both each you i its".split())
+FUNCTION_WORDS = (
+    DETERMINERS | PREPOSITIONS | AUXILIARIES | CONJUNCTIONS | PRONOUNS | frozenset("not also only just very too".split())
+)
+BE = frozenset("is are was were be been being remain remains remained isn't aren't wasn't weren't".split())
+
+# Negation
+NEGATORS = ("no", "without", "neither", "nor", "zero", "lacks", "lacking")  # before the object
+NEGATOR_PHRASES = (
+    "not any", "not a", "not an", "not one", "lack of", "lacking in", "absence of", "devoid of", "free of", "free from",
+    "clear of", "empty of", "absent of", "void of", "bare of", "none of",
+)
+SHOWING = frozenset("show shows include includes contain contains see feature features depict reveal have involve "
+                    "encounter meet capture spot".split())  # "does not show", "cannot see"
+PSEUDO = (  # these look like a negation and are none
+    "no longer", "not only", "not just", "not merely", "not simply", "no doubt", "no matter", "no sooner", "no fewer",
+    "no less", "not far", "no different", "not without", "no time", "no wonder", "no fewer than", "no parking",
+    "no entry", "no stopping", "no turn", "no left", "no right", "no u", "no standing", "no outlet", "no passing",
+    "absence of the", "lack of the",
+)
+ABSTRACT = frozenset(  # "no movement from the cars": the cars are there
+    "movement movements motion change changes activity sign signs delay collision contact interaction interactions "
+    "threat obstruction obstructions interference conflict conflicts gap distance incident incidents impact difference "
+    "reaction response space room way sound hesitation issue issues need reason pause disruption disruptions "
+    "interruption interruptions shift shifts deviation indication adjustment adjustments".split()
+)
+CARRIERS = frozenset(  # "no sign of pedestrians": the pedestrians are not there
+    "sign signs presence evidence trace traces visible indication sight view number lack glimpse hint".split()
+)
+UNSEEN = frozenset("visible present seen detected observed there found evident noticeable apparent shown depicted "
+                   "sighted discernible".split())
+EXCEPTIONS = ("other than", "besides", "apart from", "aside from", "except", "except for", "but")
+COLOURS_OF_LIGHT = frozenset("red green yellow amber".split())
+CHANGING = frozenset(
+    "turn turns turned turning change changes changed changing switch switches switched switching go goes went going is "
+    "was becomes became stays stayed remains remained shows showing showed still to just now".split()
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lexicon: phrase -> entry, looked up by first word, longest first
+
+
+class Entry(NamedTuple):
+    kind: str  # "object", "any", "unverifiable", "neutral", "ego"
+    classes: tuple[str, ...]
+
+
+def plurals(phrase):
+    """All forms of a singular phrase: ("city bus") -> {"city bus", "city buses", "city busses"}."""
+    if phrase in IRREGULAR_PLURALS:
+        return {phrase, *IRREGULAR_PLURALS[phrase]}
+    head, _, last = phrase.rpartition(" ")
+    if last in IRREGULAR_PLURALS:
+        ends = IRREGULAR_PLURALS[last]
+    elif re.search(r"(s|x|ch|sh)$", last):
+        ends = (last + "es",)
+    elif re.search(r"[^aeiou]y$", last):
+        ends = (last[:-1] + "ies",)
+    else:
+        ends = (last + "s",)
+    return {phrase, *(f"{head} {end}".strip() for end in ends)}
+
+
+def verb_forms(base):
+    """{"stop"} -> {"stop", "stops", "stopping", "stopped"} without the forms that are other words on the road."""
+    stem = base[:-1] if base.endswith("e") else base + base[-1] if base in DOUBLED else base
+    third = base + "es" if re.search(r"(s|x|ch|sh|o)$", base) else base + "s"
+    if re.search(r"[^aeiou]y$", base):
+        third, past = base[:-1] + "ies", base[:-1] + "ied"
+    else:
+        past = stem + "ed"
+    forms = {third, stem + "ing", past, *IRREGULAR_VERBS.get(base, "").split()}
+    return (forms if base in NO_BARE_FORM else forms | {base}) - NO_VERB
+
+
+def _build_lexicon():
+    entries = {}
+    for phrase in NEUTRAL:
+        entries |= dict.fromkeys(plurals(phrase), Entry("neutral", ()))
+    for phrase in EGO:
+        entries[phrase] = Entry("ego", ())
+    for table, kind in ((ANY_OF, "any"), (UNVERIFIABLE, "unverifiable"), (SEVERAL, "object")):
+        for phrase, classes in table.items():
+            entries |= dict.fromkeys(plurals(phrase), Entry(kind, classes))
+    for name in COCO_NAMES:
+        for phrase in (name, *SYNONYMS.get(name, ())):
+            entries |= dict.fromkeys(plurals(phrase), Entry("object", (name,)))
+    return _by_first_word(entries)
+
+
+def _by_first_word(entries):
+    """{"bus stop": x} -> {"bus": [(("bus", "stop"), x), ...longest first]}."""
+    index = {}
+    for phrase, entry in entries.items():
+        words = tuple(phrase.split())
+        index.setdefault(words[0], []).append((words, entry))
+    for group in index.values():
+        group.sort(key=lambda item: -len(item[0]))
+    return index
+
+
+LEXICON = _build_lexicon()
+VERB_OF = {form: base for base in DYNAMIC_VERBS for form in verb_forms(base)}
+ATTRIBUTE_OF = {word: name for name, words in ATTRIBUTES.items() for word in words.split()}
+SCENE_INDEX = _by_first_word({
+    phrase: (category, value) for category, values in SCENE.items() for value, phrases in values.items()
+    for phrase in phrases
+})
+CONNECTIVE_INDEX = _by_first_word(dict.fromkeys(CONNECTIVES, True) | dict.fromkeys(NO_CONNECTIVE, False))
+NEGATOR_INDEX = _by_first_word(
+    dict.fromkeys((*NEGATORS, *NEGATOR_PHRASES), "negates") | dict.fromkeys(PSEUDO, "pseudo")
+)
+EXCEPTION_INDEX = _by_first_word(dict.fromkeys(EXCEPTIONS, True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a text
+
+
+class Mention(NamedTuple):
+    """One object named by a text: object is a COCO name, text[start:end] the words that name it."""
+
+    object: str
+    negated: bool
+    start: int
+    end: int
+
+
+class Claim(NamedTuple):
+    """What one phrase says is there. kind: "object" (all of classes), "any" (one of classes), "unverifiable"."""
+
+    kind: str
+    classes: tuple[str, ...]
+    negated: bool
+    first: int  # index of the first word
+    last: int  # index of the last word
+
+
+NO_BREAK, HYPHEN, COMMA, STOP = range(4)  # what stands between a word and the one before it
+
+
+@dataclass
+class Reading:
+    """A text in words. Lists are parallel: words[i] is text[starts[i]:ends[i]] in lower case."""
+
+    words: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    breaks: list[int] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)  # "" or the entry kind of the phrase that holds the word
+    claims: list[Claim] = field(default_factory=list)
+
+
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
+SENTENCE_END = re.compile(r"[.!?;:…。]")
+
+
+def _split_words(text):
+    """The words of a text with what stands between them; "car's" becomes "car", "s" (a possessive is two words)."""
+    reading = Reading()
+    previous = 0
+    for match in WORD.finditer(text):
+        gap = text[previous:match.start()]
+        if SENTENCE_END.search(gap):
+            kind = STOP
+        elif gap.strip() in ("-", "‐", "‑") and len(gap) == 1:
+            kind = HYPHEN
+        elif gap.strip(" \t\r\n\"'“”‘’*_#"):
+            kind = COMMA
+        else:
+            kind = NO_BREAK
+        word = match.group().lower().replace("’", "'")
+        pieces = [word]
+        if word.endswith("'s") and word not in ("there's", "it's", "that's"):
+            pieces = [word[:-2], "s"]
+        start = match.start()
+        for number, piece in enumerate(pieces):
+            reading.words.append(piece)
+            reading.starts.append(start)
+            reading.ends.append(start + len(piece) if number == 0 and len(pieces) > 1 else match.end())
+            reading.breaks.append(kind if number == 0 else NO_BREAK)
+            start = match.end() - 1
+        previous = match.end()
+    return reading
+
+
+def match_phrase(index, reading, i):
+    """The longest phrase of an index that starts at word i, as (length, entry); (0, None) if there is none."""
+    words, breaks = reading.words, reading.breaks
+    for phrase, entry in index.get(words[i], ()):
+        end = i + len(phrase)
+        if end <= len(words) and tuple(words[i:end]) == phrase and all(b < COMMA for b in breaks[i + 1:end]):
+            return len(phrase), entry
+    return 0, None
+
+
+def _word(reading, i):
+    """Word i, or "" past the ends."""
+    return reading.words[i] if 0 <= i < len(reading.words) else ""
+
+
+def _ends_clause(reading, i):
+    """No word of the same clause stands at i."""
+    return i >= len(reading.words) or reading.breaks[i] >= COMMA
+
+
+def _is_verb_reading(reading, i, length):
+    """ "A bus stops ahead", "Pedestrian crossing." name an object and what it does; "bus stops line the street" and
+    "a pedestrian crossing" name a place."""
+    last, before, after = _word(reading, i + length - 1), _word(reading, i - 1), _word(reading, i + length)
+    starts_clause = i == 0 or reading.breaks[i] >= COMMA
+    if length == 2 and last in ("stops", "parks", "lines", "passes", "services", "routes", "stop", "park", "line"):
+        plural = last.endswith("s") and last not in ("stops", "parks", "lines", "passes") or not last.endswith("s")
+        if plural or before in NUMBERS or before in ("these", "those", "some", "all", "other", "and", "or", "of"):
+            return False
+        return not (after in AUXILIARIES or after in ("line", "dot", "appear", "along") and starts_clause)
+    if last == "crossing" and _word(reading, i) in ("pedestrian", "train"):
+        ends = _ends_clause(reading, i + length)
+        follows = ends or after in (
+            "the", "a", "this", "from", "over", "toward", "towards", "safely", "slowly", "quickly", "in", "ahead",
+            "left", "right", "hurriedly", "while", "as", "and",
+        )
+        if starts_clause:
+            return follows
+        return not ends and after in ("the", "this", "from", "over", "safely", "slowly", "quickly", "hurriedly")
+    return False
+
+
+def _is_plain_noun(reading, i, length):
+    """A guarded word stands as a noun: "an orange lies", not "an orange car"; plurals need no determiner."""
+    word, before, after = _word(reading, i), _word(reading, i - 1), _word(reading, i + length)
+    if length == 1 and word.endswith("s") and word not in ("tvs", "bus"):
+        return word not in ("ties", "sinks", "books", "bears", "cycles", "forks") or before in DETERMINERS | NUMBERS
+    determined = before in DETERMINERS | NUMBERS or _word(reading, i - 2) in DETERMINERS and before not in VERB_OF
+    if _ends_clause(reading, i + length):
+        return determined
+    return determined and after != "and" and after != "or" and (after in FUNCTION_WORDS or after in VERB_OF)
+
+
+def _is_light(reading, i):
+    """A bare "light" or "signal" is a traffic light if it has a signal's colour or changes to one."""
+    word, before, after = _word(reading, i), _word(reading, i - 1), _word(reading, i + 1)
+    joined = reading.breaks[i] < COMMA
+    if word in ("light", "lights"):
+        if joined and before in COLOURS_OF_LIGHT:
+            return word == "light" and after not in ("from", "of", "reflecting", "reflections") or (
+                word == "lights" and (after in ("ahead", "at", "turn", "change") or _word(reading, i - 2) == "at")
+            )
+        if joined and before in ATTRIBUTE_OF and ATTRIBUTE_OF[before] == "colour":
+            return False
+        return any(
+            _word(reading, j) in COLOURS_OF_LIGHT and all(_word(reading, k) in CHANGING | {"ahead", "then", "soon"}
+                                                          for k in range(i + 1, j))
+            and all(not _ends_clause(reading, k) for k in range(i + 1, j + 1))
+            for j in range(i + 2, min(i + 6, len(reading.words)))
+        )
+    if word == "signal":
+        return joined and before in ARTICLES | COLOURS_OF_LIGHT | {"this", "that", "each"}
+    return joined and before in COLOURS_OF_LIGHT | {"the", "these", "through", "at", "overhead"}
+
+
+def _is_ego(reading, i, length):
+    """This "car" or "vehicle" is the one that carries the camera."""
+    context = " ".join(reading.words[max(0, i - 6):i])
+    match = EGO_BEFORE.search(context)
+    if match and not (match.group(1) == "from" and not match.group("moving")):
+        return True
+    after = i + length
+    if _word(reading, after) == "s" and not _ends_clause(reading, after):
+        after += 1
+    return _word(reading, after) in EGO_AFTER and not _ends_clause(reading, after)
+
+
+def _is_own_vehicle(reading, i, length):
+    """ "The vehicle" alone is the camera's; "the vehicle ahead", "a vehicle" and "vehicles" are others."""
+    if length != 1 or _word(reading, i) != "vehicle" or _word(reading, i - 1) not in ("the", "this"):
+        return False
+    return (_word(reading, i + 1), _word(reading, i + 2)) not in (("in", "front"), ("on", "the")) and _word(
+        reading, i + 1) not in ("ahead", "behind", "directly", "immediately", "beside", "that", "which", "parked")
+
+
+def _classify(reading, i):
+    """(length, entry) of the phrase at word i after looking at its neighbours; (0, None) for a plain word."""
+    length, entry = match_phrase(LEXICON, reading, i)
+    word = reading.words[i]
+    if length and entry.kind == "neutral" and length > 1 and _is_verb_reading(reading, i, length):
+        for phrase, shorter in LEXICON[word]:
+            if len(phrase) == 1:
+                return 1, shorter
+    if not length and word in ("light", "lights", "signal", "signals") and _is_light(reading, i):
+        return 1, Entry("object", ("traffic light",))
+    if not length:
+        return 0, None
+    if length == 1 and (word in GUARDED or any(word == form for form in GUARDED_FORMS)) and not _is_plain_noun(
+            reading, i, length):
+        return 0, None
+    if entry.kind in ("object", "any") and entry.classes[0] == "car" and _is_ego(reading, i, length):
+        return length, Entry("ego", ())
+    if entry.kind == "any" and _is_own_vehicle(reading, i, length):
+        return length, Entry("ego", ())
+    return length, entry
+
+
+GUARDED_FORMS = frozenset(form for word in GUARDED for form in plurals(word))
+
+
+def read_text(text):
+    """The words of a text and the claims that it makes. Linear in the text's length; no state."""
+    reading = _split_words(text)
+    reading.roles = [""] * len(reading.words)
+    claims, i = [], 0
+    while i < len(reading.words):
+        length, entry = _classify(reading, i)
+        if not length:
+            i += 1
+            continue
+        reading.roles[i:i + length] = [entry.kind] * length
+        if entry.kind in ("object", "any", "unverifiable"):
+            claims.append(Claim(entry.kind, entry.classes, False, i, i + length - 1))
+            if entry.kind == "any" and reading.words[i].rstrip("s") in WITH_PERSON:
+                claims.append(Claim("object", ("person",), False, i, i + length - 1))
+        i += length
+    negated = _negated_words(reading, claims)
+    reading.claims = [claim._replace(negated=claim.first in negated) for claim in claims]
+    return reading
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Negation
+
+
+def _continues_list(reading, left, right, last):
+    """The phrase right..last goes on with the list whose item ends at word left: "cars, trucks or buses"."""
+    between = reading.words[left + 1:right]
+    if len(between) > 4 or any(b == STOP for b in reading.breaks[left + 1:right + 1]):
+        return False
+    joins = [word for word in between if word in ("or", "and", "nor")]
+    comma = any(b == COMMA for b in reading.breaks[left + 1:right + 1])
+    others = [word for word in between if word not in ("or", "and", "nor")]
+    if not (joins or comma) or any(word in VERB_OF and word not in ATTRIBUTE_OF for word in others):
+        return False
+    after = _word(reading, last + 1)
+    listed = {"or", "nor"} & set(joins)
+    if any(word in FUNCTION_WORDS or word in NUMBERS for word in others):
+        if not (set(others) <= {"a", "an", "any", "other", "single"} and (listed or comma and not joins)):
+            return False
+        if not listed and after in BE:
+            return False
+    if listed:
+        return True
+    if after in VERB_OF and reading.breaks[last + 1] < COMMA and reading.roles[last + 1] == "":
+        return False
+    if joins:
+        return True
+    return last + 1 >= len(reading.words) or reading.breaks[last + 1] >= COMMA or after in ("or", "and", "nor")
+
+
+def _negate_list(reading, spans, start):
+    """The words of the list of phrases that begins with spans[start]; each span is (first, last)."""
+    found = {spans[start][0]}
+    for (_, left), (first, last) in zip(spans[start:], spans[start + 1:], strict=False):
+        if not _continues_list(reading, left, first, last):
+            break
+        found.add(first)
+    return found
+
+
+def _first_after(reading, spans, i):
+    """Index in spans of the phrase that a negator ending before word i denies, or None."""
+    starts = {first: number for number, (first, _) in enumerate(spans)}
+    carried = False
+    for j in range(i, min(i + 9, len(reading.words))):
+        word = reading.words[j]
+        if j > i and reading.breaks[j] == STOP or j > i and reading.breaks[j] == COMMA and word not in ("or", "nor"):
+            return None
+        if j in starts:
+            return starts[j]
+        if match_phrase(EXCEPTION_INDEX, reading, j)[0]:
+            return None
+        if word == "of" and carried:
+            continue
+        if word in ("such", "like", "any", "a", "an", "other", "the", "or", "nor", "and", "single", "one"):
+            continue
+        if word == "as" and _word(reading, j - 1) == "such":
+            continue
+        if word in FUNCTION_WORDS or word in VERB_OF and word not in ATTRIBUTE_OF:
+            return None
+        if word.endswith("ing") and j == i and word not in ("oncoming", "encountering", "seeing", "showing"):
+            return None
+        carried = carried or word in CARRIERS
+        if word in ABSTRACT and word not in CARRIERS:
+            return None
+    return None
+
+
+def _denied_before(reading, spans, i):
+    """Index in spans of the subject of "... are not visible", whose verb stands at word i, or None."""
+    lowest = i
+    while lowest > 0 and i - lowest < 12:
+        word = reading.words[lowest - 1]
+        if reading.breaks[lowest] == STOP or word in VERB_OF and reading.roles[lowest - 1] == "":
+            break
+        if word in BE or word in ("while", "as", "but", "when", "although", "though", "where", "however", "so"):
+            break
+        lowest -= 1
+    inside = [n for n, (first, last) in enumerate(spans) if lowest <= first and last < i]
+    while len(inside) > 1 and any(b == COMMA for b in reading.breaks[spans[inside[0]][1] + 1:spans[inside[1]][0] + 1]):
+        if _continues_list(reading, spans[inside[0]][1], *spans[inside[1]]):
+            break
+        inside.pop(0)
+    return inside[0] if inside else None
+
+
+def _post_negator(reading, i):
+    """A phrase at word i that denies its subject: "are not visible", "is absent", "nowhere to be seen", "can't be seen"."""
+    window = []
+    for j in range(i, min(i + 6, len(reading.words))):
+        if j > i and reading.breaks[j] >= COMMA:
+            break
+        window.append(reading.words[j])
+    if not window:
+        return False
+    head, rest = window[0], window[1:]
+    if head in BE or head in ("can", "cannot", "can't", "could", "couldn't"):
+        denied = head.endswith("n't") or head in ("cannot",) or any(word in ("not", "never") for word in rest[:2])
+        if any(word in ("longer", "only", "just", "yet") for word in rest):
+            return False
+        if head in BE and any(word in ("absent", "missing", "nowhere") for word in rest[:2]):
+            return True
+        return denied and any(word in UNSEEN for word in rest[:4])
+    return False
+
+
+def _negated_words(reading, claims):
+    """First words of the phrases that the text denies."""
+    spans = sorted({(claim.first, claim.last) for claim in claims})
+    negated = set()
+    if not spans:
+        return negated
+    for i, word in enumerate(reading.words):
+        length, verdict = match_phrase(NEGATOR_INDEX, reading, i)
+        if word == "no" and _word(reading, i + 1) == "one" and reading.roles[i] == "object":
+            negated |= _negate_list(reading, spans, next(n for n, span in enumerate(spans) if span[0] == i))
+        elif word in ("nobody",) and reading.roles[i] == "object":
+            negated |= _negate_list(reading, spans, next(n for n, span in enumerate(spans) if span[0] == i))
+        elif length and verdict == "negates":
+            target = _first_after(reading, spans, i + length)
+            negated |= _negate_list(reading, spans, target) if target is not None else set()
+        elif not length and (word == "not" or word == "cannot" or word.endswith("n't")):
+            step = i + 2 if _word(reading, i + 1) in SHOWING else i + 1
+            if step == i + 2 or _word(reading, i + 1) in ("any", "a", "an", "yet") or word in ("isn't", "aren't"):
+                target = _first_after(reading, spans, step)
+                if target is not None and (step == i + 2 or _word(reading, step) in ("any", "a", "an")):
+                    negated |= _negate_list(reading, spans, target)
+        elif word == "free" and reading.breaks[i] == HYPHEN:
+            negated |= {first for first, last in spans if last == i - 1}
+        if _post_negator(reading, i):
+            target = _denied_before(reading, spans, i)
+            negated |= _negate_list(reading, spans, target) if target is not None else set()
+    return negated
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What other modules ask for
+
+
+def find_mentions(text):
+    """Every COCO object that the text names, in the order of the text -> list[Mention].
+
+    "cyclist" gives two mentions of one span. Words that several classes satisfy ("vehicle", "van") and the camera's own
+    vehicle give none. A hedged mention ("possibly a bus") is a mention.
+    """
+    reading = read_text(text)
+    return [
+        Mention(name, claim.negated, reading.starts[claim.first], reading.ends[claim.last])
+        for claim in reading.claims if names_object(claim) for name in claim.classes
+    ]
+
+
+def names_object(claim):
+    """The claim names its classes; "fire truck" names a truck, "ambulance" and "van" no one class."""
+    return claim.kind == "object" or claim.kind == "unverifiable" and len(claim.classes) == 1
+
+
+def mention_sets(text):
+    """(classes that the text says are there, classes that it only denies), two frozensets of COCO names.
+
+    A class that is named as there anywhere in the text is not denied ("later no pedestrians are visible").
+    """
+    mentions = find_mentions(text)
+    named = frozenset(m.object for m in mentions if not m.negated)
+    return named, frozenset(m.object for m in mentions) - named
+
+
+def first_mentions(text):
+    """The classes that the text says are there, in the order in which it first names them -> tuple of COCO names."""
+    return tuple(dict.fromkeys(m.object for m in find_mentions(text) if not m.negated))
