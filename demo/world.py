@@ -261,7 +261,7 @@ def things_at(event, s):
         z = between(((0, 24), (0.5, 12), (1, 4.5)), s)
         out = [Thing(event.name, -3.4, z, 2.6, 3.2, 0, event.colour, front=True)]
         if event.companion:
-            out.append(Thing("car", -3.0 - 1.6 * s, z + 4.5, 2.1, 1.7, 0, "white", front=True))
+            out.append(Thing("car", -0.9, z + 4.5, 2.1, 1.7, 0, "white", front=True))
     elif event.kind == "bus_pulls_over":
         x = between(((0, 0.3), (0.4, 2.2), (1, 4.6)), s)
         z = between(((0, 14), (0.6, 9), (1, 5.5)), s)
