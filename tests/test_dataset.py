@@ -1,0 +1,656 @@
+"""Rows, split, renderer, frames, cache, dataset, collate and sampler, on small clips and tokenizers."""
+
+import json
+import multiprocessing
+import os
+import struct
+import unicodedata
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import dataset
+from dataset import (
+    IGNORE_INDEX,
+    MODES,
+    DataError,
+    Entry,
+    EpochSampler,
+    VideoError,
+    VideoInstructDataset,
+    cached_frames,
+    chat_pieces,
+    collate,
+    encode_example,
+    encode_prompt,
+    fit_answer,
+    frame_indices,
+    load_entries,
+    placeholder_id,
+    read_frames,
+    resolve_video,
+    split_by_video,
+    spread_over_time,
+)
+
+
+def write_ramp(path, times, width=128, height=96, codec="mpeg4"):
+    """A clip whose frame i, shown at times[i] seconds, is grey of level 6 i, with a white upper left quarter."""
+    import av
+
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.bit_rate = 4_000_000
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, seconds in enumerate(times):
+            pixels = np.full((height, width, 3), 6 * i, np.uint8)
+            pixels[: height // 2, : width // 2] = 255
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = round(seconds * 1000), stream.time_base
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+
+
+def levels(frames):
+    """Index of each frame of `write_ramp`, read from its lower right quarter."""
+    height, width = frames.shape[1:3]
+    return (frames[:, height * 3 // 4 :, width * 3 // 4 :].mean((1, 2, 3)) / 6).round().astype(int).tolist()
+
+
+def set_rotation(path, degrees):
+    """Write a rotation into the track header of an mp4 file, as phones and dash cams do."""
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44
+    data[at : at + 36] = struct.pack(">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+def write_rows(path, rows):
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def qwen(tiny):
+    return AutoTokenizer.from_pretrained(tiny.llm)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny):
+    return AutoTokenizer.from_pretrained(tiny.llm_plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+ANSWER = "The car stops because the light is red. It waits."
+CONVERSATION = [("human", "from", "value"), ("user", "role", "content")]
+SAME = [
+    {"video": "d/x.mov", "q": MODES["copilot"], "a": ANSWER},
+    {"video": "d/x.mov", "q": f" {MODES['copilot']}\n", "a": f"  {ANSWER}\n"},
+    {"video": "d/x.mov", "q": MODES["copilot"], "captions": [ANSWER]},
+    {"video": "d/x.mov", "q": MODES["copilot"], "a": "an older text", "captions": [ANSWER], "id": 7, "meta": {}},
+    {"video": "d/x.mov", "copilot": [ANSWER]},
+    {"video": "d/x.mov", "conversations": [{"from": "human", "value": "<video>\n" + MODES["copilot"]},
+                                           {"from": "gpt", "value": ANSWER}]},
+    {"video": "d/x.mov", "conversations": [{"role": "user", "content": "<image>" + MODES["copilot"]},
+                                           {"role": "assistant", "content": ANSWER}]},
+    {"video": "d/x.mov", "messages": [{"role": "user", "content": MODES["copilot"]},
+                                      {"role": "assistant", "content": ANSWER}]},
+]
+
+
+@pytest.mark.parametrize("row", SAME)
+def test_every_form_gives_the_same_entry(tmp_path, row):
+    entry = Entry("d/x#copilot", "d/x.mov", "copilot", MODES["copilot"], (ANSWER,))
+    assert load_entries(write_rows(tmp_path / "rows.json", [row])) == [entry]
+    lines = tmp_path / "rows.jsonl"
+    lines.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n\n" + json.dumps(row).encode())
+    assert load_entries(lines) == [entry, entry]
+
+
+def test_bddx_csv_gives_the_same_entry(tmp_path):
+    file = tmp_path / "BDD-X.csv"
+    file.write_text(
+        "Index,Input.Video,Answer.1start,Answer.1end,Answer.1action,Answer.1justification,"
+        "Answer.2start,Answer.2end,Answer.2action,Answer.2justification,Answer.3start,Answer.3action\n"
+        "0,https://host/videos/x.mov,12,20,It waits.,,0,12,The car stops,because the light is red,,\n",
+        encoding="utf-8-sig",
+    )
+    assert load_entries(file) == [Entry("x#copilot", "x.mov", "copilot", MODES["copilot"], (ANSWER,))]
+
+
+def test_one_row_for_both_modes_and_a_folder_of_files(tmp_path):
+    write_rows(tmp_path / "b.json", [{"video": "1.mp4", "microscope": ["A.", "B."], "copilot": ["C."]}])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"video": "0.mp4", "q": "?", "a": "x", "mode": "copilot"}))
+    (tmp_path / "notes.txt").write_text("no rows")
+    entries = load_entries(tmp_path)
+    assert [e.id for e in entries] == ["0#copilot", "1#microscope", "1#copilot"]
+    assert entries[0].question == "?" and entries[1].captions == ("A.", "B.")
+
+
+def test_text_is_nfc_and_the_file_name_stays_as_given(tmp_path):
+    nfd = unicodedata.normalize("NFD", "café")
+    entry, = load_entries(write_rows(tmp_path / "r.json", [{"video": f"{nfd}.mp4", "copilot": [f"A {nfd}"]}]))
+    assert entry.captions == ("A café",) and entry.video == f"{nfd}.mp4" and entry.id == "café#copilot"
+
+
+def test_default_mode(tmp_path):
+    file = write_rows(tmp_path / "r.json", [{"video": "x.mp4", "q": "What happens?", "a": "A car stops."}])
+    with pytest.raises(DataError, match="r.json row 1.*no standard question"):
+        load_entries(file)
+    assert load_entries(file, default_mode="copilot")[0].mode == "copilot"
+
+
+BAD = [
+    ({"clip": "x.mp4", "caption": "hi"}, "unknown_format", "keys seen: caption, clip"),
+    ({"video": "x.mp4", "text": "hi"}, "unknown_format", "keys seen: text, video"),
+    ({"video": 3, "q": "?", "a": "!"}, "unknown_format", 'no "video"'),
+    (["x.mp4", "hi"], "unknown_format", "must be an object"),
+    ({"video": "x.mp4", "q": "?", "a": "!", "mode": "poem"}, "unknown_mode", "'poem'"),
+    ({"video": "x.mp4", "q": "?", "a": "!"}, "unknown_mode", "microscope, copilot"),
+    ({"video": "x.mp4", "q": " ", "a": "!"}, "empty_question", "question"),
+    ({"video": "x.mp4", "q": MODES["copilot"], "a": "  "}, "empty_caption", "caption"),
+    ({"video": "x.mp4", "q": MODES["copilot"], "a": None}, "empty_caption", "caption"),
+    ({"video": "x.mp4", "q": MODES["copilot"], "captions": []}, "empty_caption", "empty list"),
+    ({"video": "x.mp4", "microscope": "text"}, "empty_caption", "list"),
+    ({"video": "x.mp4", "copilot": ["good", 3]}, "empty_caption", "caption 2"),
+    ({"video": "x.mp4", "copilot": ["broken \ufffd"]}, "bad_unicode", "U.FFFD"),
+    ({"video": "x.mp4", "copilot": ["broken \ud800"]}, "bad_unicode", "U.FFFD"),
+    ({"video": "x.mp4", "conversations": [{"from": "gpt", "value": "!"}]}, "unknown_format", "turns must be"),
+    ({"video": "x.mp4", "conversations": [{"from": "human", "value": "<video><image>?"},
+                                          {"from": "gpt", "value": "!"}]},
+     "unknown_format", "more than one"),
+    ({"video": "x.mp4", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}] * 2},
+     "multi_turn", "4 turns"),
+    ({"Input.Video": "http://h/x.mov", "Answer.1action": "", "Answer.1start": ""}, "empty_caption", "caption"),
+]
+
+
+@pytest.mark.parametrize("row, code, text", BAD)
+def test_bad_rows_have_a_code_and_say_what_is_wrong(row, code, text):
+    with pytest.raises(dataset.RowError, match=text) as error:
+        dataset.parse_row(row)
+    assert error.value.code == code
+
+
+def test_all_bad_rows_are_named_in_one_message(tmp_path):
+    good = {"video": "x.mp4", "copilot": ["A car."]}
+    with pytest.raises(DataError) as error:
+        load_entries(write_rows(tmp_path / "r.json", [good, {"video": "a"}, good, {"q": "b"}]))
+    assert "2 bad rows" in str(error.value) and "row 2" in str(error.value) and "row 4" in str(error.value)
+    with pytest.raises(DataError, match="r.json.*UTF-8"):
+        (tmp_path / "r.json").write_bytes(b'[{"video": "caf\xe9"}]')
+        load_entries(tmp_path / "r.json")
+    with pytest.raises(DataError, match="not valid JSON"):
+        (tmp_path / "r.json").write_text("[{]")
+        load_entries(tmp_path / "r.json")
+    with pytest.raises(DataError, match="r.jsonl row 2: not valid JSON"):
+        (tmp_path / "r.jsonl").write_text(json.dumps(good) + "\n{oops\n")
+        load_entries(tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match="no such data file"):
+        load_entries(tmp_path / "missing.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Split and paths
+
+
+def both(video):
+    return [Entry(f"{video[:-4]}#{mode}", video, mode, MODES[mode], ("A car.",)) for mode in MODES]
+
+
+def test_split_keeps_a_clip_on_one_side_in_any_order():
+    entries = [entry for i in range(50) for entry in both(f"{i:02}.mp4")]
+    train, val = split_by_video(entries, 10, seed=42)
+    assert len(val) == 20 and len(train) == 80
+    assert not {e.video for e in train} & {e.video for e in val}
+    again = split_by_video(entries[::-1], 10, seed=42)[1]
+    assert {e.id for e in again} == {e.id for e in val}
+    assert {e.id for e in split_by_video(entries, 10, seed=43)[1]} != {e.id for e in val}
+    assert split_by_video(entries, 0)[1] == []
+    with pytest.raises(DataError, match="none left"):
+        split_by_video(entries, 50)
+
+
+def test_split_sees_through_links_and_spellings(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.mp4").write_bytes(b"clip")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "0.mp4")
+    entries = [*both("0.mp4"), *both("./1.mp4"), *both("link.mp4"), *both("1.mp4"), *both("2.mp4"), *both("3.mp4")]
+    for seed in range(10):
+        train, val = split_by_video(entries, 2, seed, video_root=tmp_path)
+        sides = [{dataset.clip_key(e.video, tmp_path) for e in side} for side in (train, val)]
+        assert not sides[0] & sides[1] and len(sides[1]) == 2
+    plain = [entry for i in range(6) for entry in both(f"{i}.mp4")]
+    assert split_by_video(plain, 2, 1, video_root=tmp_path) == split_by_video(plain, 2, 1)
+
+
+def test_paths_stay_inside_the_video_root(tmp_path):
+    root = tmp_path / "videos"
+    (root / "d").mkdir(parents=True)
+    (root / "d" / "x.mp4").write_bytes(b"clip")
+    (tmp_path / "secret.mp4").write_bytes(b"clip")
+    (root / "out.mp4").symlink_to(tmp_path / "secret.mp4")
+    (root / "in.mp4").symlink_to(root / "d" / "x.mp4")
+    assert resolve_video(root, "d/../d/x.mp4") == resolve_video(root, "in.mp4") == (root / "d" / "x.mp4").resolve()
+    for video in ("../secret.mp4", "d/../../secret.mp4", "out.mp4", str(tmp_path / "secret.mp4"), "~/x.mp4",
+                  "https://host/x.mp4", "file:///etc/passwd", "d\\x.mp4", "x\0.mp4"):
+        with pytest.raises(DataError) as error:
+            resolve_video(root, video)
+        assert error.value.code == "path_escape"
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    assert resolve_video(link, "d/x.mp4").name == "x.mp4"
+    (root / unicodedata.normalize("NFD", "é.mp4")).write_bytes(b"clip")
+    assert resolve_video(root, "é.mp4").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The renderer
+
+
+def test_prompt_of_the_real_qwen3_tokenizer(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "qwen3_tokenizer")
+    head, start, video, end = [151644, 872, 198], [151652], [151656] * 3, [151653]
+    question = [74785, 279, 2766, 304, 7716, 13]
+    tail = [151645, 198, 151644, 77091, 198]
+    assert encode_prompt(tokenizer, MODES["microscope"], 3) == head + start + video + end + question + tail
+    question = [9190, 5612, 551, 279, 9842, 6109, 3529, 974, 285, 974, 13]
+    text = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Summarize the driving scene concisely."
+    ids = encode_prompt(tokenizer, MODES["copilot"], 1)
+    assert tokenizer.decode(ids) == text + "<|im_end|>\n<|im_start|>assistant\n"
+    assert ids == tokenizer.encode(text + "<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+
+
+def test_prompt_without_vision_tokens_and_without_the_system_turn(llama):
+    pieces = chat_pieces(llama)
+    assert llama.decode(pieces.before_user) == "<s>[INST] " and llama.decode(pieces.after_user) == " [/INST]"
+    assert llama.decode(pieces.turn_end) == "</s>" and pieces.vision_start == pieces.vision_end == ()
+    assert placeholder_id(llama) == llama.convert_tokens_to_ids("<extra_1>")
+    assert llama.decode(encode_prompt(llama, "What?", 2)) == "<s>[INST] <extra_1><extra_1>What? [/INST]"
+
+
+TEMPLATES = {  # template, and what must stand around "Q" with turn end E
+    "gemma": (
+        "<s>{% for m in messages %}<start>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}E\n"
+        "{% endfor %}{% if add_generation_prompt %}<start>model\n{% endif %}",
+        "<s><start>user\n", "E\n<start>model\n"),
+    "bos in every turn": (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} E{% endif %}{% endfor %}",
+        "<s>[INST] ", " [/INST]"),
+    "end of text behind the last turn": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}E\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|end|>{% endif %}",
+        "<|user|>\n", "E\n<|assistant|>\n"),
+    "hybrid thinker": (
+        "{% for m in messages %}<start>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n"
+        "</think>\n\n{% endif %}{{ m.content }}E\n{% endfor %}{% if add_generation_prompt %}<start>assistant\n"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+        "<start>user\n", "E\n<start>assistant\n<think>\n\n</think>\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_pieces_of_other_templates(tiny, name):
+    template, before, after = TEMPLATES[name]
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm_plain)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "E", "<pad_1>"]})
+    tokenizer.chat_template = template
+    pieces = chat_pieces(tokenizer)
+    assert tokenizer.decode(pieces.before_user) == before
+    assert tokenizer.decode(pieces.after_user) == after
+    assert tokenizer.convert_ids_to_tokens(pieces.turn_end) == ["E"]
+    assert pieces.placeholder == tokenizer.convert_tokens_to_ids("<pad_1>")
+
+
+def test_templates_that_cannot_work_are_refused(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm_plain)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        chat_pieces(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(DataError, match="no token of its own"):
+        chat_pieces(tokenizer)
+    used_up = "{% for m in messages %}<extra_0>{{ m.content }}</s>{% endfor %}<extra_1>"
+    tokenizer.chat_template = used_up
+    with pytest.raises(DataError, match="no special token left"):
+        chat_pieces(tokenizer)
+
+
+WORDS = "The user in the red car asks the assistant.\n\nuser: go! assistant: <im_end> im_start| <|im_end wait. café 🚗"
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_labels_are_the_answer_and_its_end_token(request, name):
+    tokenizer = request.getfixturevalue(name)
+    if name == "llama":
+        assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    for question in (*MODES.values(), "What does the user tell the assistant? assistant\n"):
+        example = encode_example(tokenizer, question, WORDS, 5, 1000)
+        ids, labels = example["input_ids"], example["labels"]
+        prompt = encode_prompt(tokenizer, question, 5)
+        assert ids[: len(prompt)] == prompt and set(labels[: len(prompt)]) == {IGNORE_INDEX}
+        assert ids[len(prompt) :] == labels[len(prompt) :] and len(ids) == len(labels)
+        assert ids.count(placeholder_id(tokenizer)) == 5
+        assert tokenizer.decode(labels[len(prompt) : -1], clean_up_tokenization_spaces=False) == WORDS
+        assert (labels[-1],) == chat_pieces(tokenizer).turn_end and labels.count(labels[-1]) == 1
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a <|video_pad|> b", "<|endoftext|>"])
+def test_control_text_is_refused(qwen, text):
+    with pytest.raises(DataError, match="control token"):
+        encode_example(qwen, MODES["copilot"], f"A car. {text}", 1, 100)
+    with pytest.raises(DataError, match="control token"):
+        encode_prompt(qwen, text, 1)
+
+
+def test_control_text_that_is_not_marked_special_is_refused(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm)
+    tokenizer.add_tokens(["<think>", "    ", "pedestrian"])
+    assert dataset.find_control_text(tokenizer, "I <think> so") == "<think>"
+    assert dataset.find_control_text(tokenizer, "a    pedestrian, 3 < 4") is None
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_the_end_token_is_never_lost(request, name):
+    tokenizer = request.getfixturevalue(name)
+    answer = "A red car stops. The light (at 3.5 m) turns green! Then \"it drives on.\" All wait for the last bus"
+    prompt = encode_prompt(tokenizer, MODES["copilot"], 7)
+    least = len(prompt) - 7 + 1
+    full = len(tokenizer.encode(answer))
+    seen = set()
+    for limit in range(least, least + full + 3):
+        example = encode_example(tokenizer, MODES["copilot"], answer, 7, limit)
+        supervised = example["labels"][len(prompt) :]
+        assert len(example["input_ids"]) - 7 <= limit and tuple(supervised[-1:]) == chat_pieces(tokenizer).turn_end
+        seen.add(tokenizer.decode(supervised[:-1]))
+    assert answer in seen and "" in seen and "A red car stops." in seen and "A red" in seen
+    assert "A red car stops. The light (at 3.5 m) turns green! Then \"it drives on.\"" in seen
+    assert all(answer.startswith(text) for text in seen)
+    assert not {"A red car stops. The", "A red car stops. The light (at 3.", "A re"} & seen
+    with pytest.raises(DataError, match="max_text_tokens"):
+        encode_example(tokenizer, MODES["copilot"], answer, 7, least - 1)
+
+
+def test_fit_answer_tells_a_cut(qwen):
+    assert fit_answer(qwen, "A car.", 100) == (qwen.encode("A car."), False)
+    ids, cut = fit_answer(qwen, "A car. " * 30, 20)
+    assert cut and len(ids) <= 20 and qwen.decode(ids).endswith("car.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames
+
+
+def test_frame_indices():
+    assert frame_indices(100, 4).tolist() == [0, 33, 66, 99]
+    assert frame_indices(3, 6).tolist() == [0, 0, 1, 1, 2, 2]
+    assert frame_indices(1, 3).tolist() == [0, 0, 0] and frame_indices(9, 1).tolist() == [0]
+    with pytest.raises(DataError):
+        frame_indices(0, 4)
+
+
+def test_spread_over_time():
+    even = np.arange(40) / 8
+    assert spread_over_time(even, 7).tolist() == frame_indices(40, 7).tolist()
+    uneven = np.concatenate([np.arange(20) / 20, 1 + np.arange(5)])  # 20 frames in the first of 5 s
+    chosen = spread_over_time(uneven, 6)
+    assert np.abs(uneven[chosen] - np.linspace(0, 5, 6)).max() <= 0.5 and chosen[0] == 0 and chosen[-1] == 24
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_read_frames_takes_both_ends(tmp_path, codec):
+    write_ramp(tmp_path / "clip.mp4", np.arange(40) / 8, codec=codec)
+    frames = read_frames(tmp_path / "clip.mp4", 8, 96)
+    assert frames.shape == (8, 96, 96, 3) and frames.dtype == np.uint8
+    assert levels(frames) == frame_indices(40, 8).tolist()
+    write_ramp(tmp_path / "short.mp4", np.arange(3) / 8, codec=codec)
+    assert levels(read_frames(tmp_path / "short.mp4", 8, 96)) == frame_indices(3, 8).tolist()
+    write_ramp(tmp_path / "one.mp4", [0], codec=codec)
+    assert levels(read_frames(tmp_path / "one.mp4", 2, 96)) == [0, 0]
+
+
+def test_variable_frame_rate_is_sampled_by_time(tmp_path):
+    times = [*np.arange(0, 1, 0.05), *np.arange(1, 6, 1.0)]  # 25 frames, 20 of them in the first second
+    write_ramp(tmp_path / "clip.mp4", times)
+    assert levels(read_frames(tmp_path / "clip.mp4", 6, 96)) == [0, 20, 21, 22, 23, 24]
+
+
+@pytest.mark.parametrize("degrees, corner", [(0, (0, 0)), (90, (0, 1)), (180, (1, 1)), (270, (1, 0))])
+def test_rotation_tags_are_respected(tmp_path, degrees, corner):
+    write_ramp(tmp_path / "clip.mp4", np.arange(10) / 8)
+    set_rotation(tmp_path / "clip.mp4", degrees)
+    frames = read_frames(tmp_path / "clip.mp4", 2, 96)
+    white = frames[0].reshape(2, 48, 2, 48, 3).mean((1, 3, 4))
+    assert np.unravel_index(white.argmax(), (2, 2)) == corner
+    with dataset.open_clip(tmp_path / "clip.mp4") as reader:
+        assert reader[0].shape == ((128, 96, 3) if degrees in (90, 270) else (96, 128, 3))
+
+
+def test_unreadable_clips_say_why(tmp_path):
+    write_ramp(tmp_path / "whole.mp4", np.arange(40) / 8)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    broken = {"empty.mp4": (b"", "0 bytes"), "text.mp4": (b"hello" * 99, "not a readable video"),
+              "half.mp4": (whole[: len(whole) // 2], "not a readable video")}
+    for name, (content, reason) in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(VideoError, match=f"{name}: .*{reason}"):
+            read_frames(tmp_path / name, 4, 96)
+    with pytest.raises(VideoError, match="no such file"):
+        read_frames(tmp_path / "none.mp4", 4, 96)
+    with pytest.raises(VideoError, match="not a file"):
+        read_frames(tmp_path, 4, 96)
+    with pytest.raises(DataError, match="56 px"):
+        read_frames(tmp_path / "whole.mp4", 4, 48)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frame cache
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """How often clips are decoded in this process."""
+    count = []
+    decode = dataset.read_frames
+    monkeypatch.setattr(dataset, "read_frames", lambda *args: count.append(args) or decode(*args))
+    return count
+
+
+def cache_files(folder):
+    return sorted(folder.rglob("*.frames"))
+
+
+def test_a_clip_is_decoded_once(tiny, tmp_path, decodes):
+    clip = tiny.videos / "car.mp4"
+    plain = cached_frames(clip, 4, 96, None)
+    first, second = cached_frames(clip, 4, 96, tmp_path), cached_frames(clip, 4, 96, tmp_path)
+    assert len(decodes) == 2 and len(cache_files(tmp_path)) == 1
+    np.testing.assert_array_equal(plain, first)
+    np.testing.assert_array_equal(plain, second)
+    cached_frames(clip, 4, 64, tmp_path)
+    cached_frames(clip, 5, 96, tmp_path)
+    assert len(cache_files(tmp_path)) == 3
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_changed_clip_is_decoded_again(tmp_path, decodes):
+    write_ramp(tmp_path / "clip.mp4", np.arange(20) / 8)
+    cached_frames(tmp_path / "clip.mp4", 2, 96, tmp_path / "cache")
+    write_ramp(tmp_path / "clip.mp4", np.arange(30) / 8)
+    assert levels(cached_frames(tmp_path / "clip.mp4", 2, 96, tmp_path / "cache")) == [0, 29]
+    os.utime(tmp_path / "clip.mp4", ns=(1, 1))
+    cached_frames(tmp_path / "clip.mp4", 2, 96, tmp_path / "cache")
+    assert len(decodes) == 3
+
+
+def test_damaged_and_foreign_cache_files_are_made_again(tiny, tmp_path, decodes):
+    whole = cached_frames(tiny.videos / "car.mp4", 4, 96, tmp_path)
+    file, = cache_files(tmp_path)
+    sound = file.read_bytes()
+    flipped = bytearray(sound)
+    flipped[len(sound) // 2] ^= 1
+    cached_frames(tiny.videos / "bus.mp4", 4, 96, tmp_path / "other")
+    other, = cache_files(tmp_path / "other")
+    damages = [b"", sound[:50], sound[: len(sound) // 2], flipped, sound + b"x", b"\n" + sound, other.read_bytes()]
+    for count, damage in enumerate(damages, start=3):
+        file.write_bytes(damage)
+        np.testing.assert_array_equal(cached_frames(tiny.videos / "car.mp4", 4, 96, tmp_path), whole)
+        assert len(decodes) == count and file.read_bytes() == sound
+
+
+def test_an_unreadable_clip_leaves_nothing_in_the_cache(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    for _ in range(2):
+        with pytest.raises(VideoError):
+            cached_frames(tmp_path / "bad.mp4", 4, 96, tmp_path / "cache")
+    with pytest.raises(VideoError):
+        cached_frames(tmp_path / "none.mp4", 4, 96, tmp_path / "cache")
+    assert not cache_files(tmp_path / "cache")
+
+
+def _build(videos, cache, log):
+    decode = dataset.read_frames
+
+    def counted(path, *args):
+        with open(log, "a") as file:
+            file.write(f"{path}\n")
+        return decode(path, *args)
+
+    dataset.read_frames = counted
+    for _ in range(3):
+        for clip in sorted(videos.glob("*.mp4")):
+            cached_frames(clip, 8, 96, cache)
+
+
+def test_processes_share_a_cache_and_its_work(tiny, tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    log = tmp_path / "decoded.txt"
+    processes = [spawn.Process(target=_build, args=(tiny.videos, tmp_path / "cache", log)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    clips = sorted(tiny.videos.glob("*.mp4"))
+    assert sorted(log.read_text().split()) == [str(c.resolve()) for c in clips]
+    for clip in clips:
+        np.testing.assert_array_equal(cached_frames(clip, 8, 96, tmp_path / "cache"), read_frames(clip, 8, 96))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataset, collate, sampler
+
+
+@pytest.fixture
+def make_dataset(tiny, qwen):
+    def make(entries=None, **changes):
+        settings = dict(video_root=tiny.videos, num_frames=4, image_size=96, num_visual_tokens=8, max_text_tokens=200)
+        return VideoInstructDataset(entries or load_entries(tiny.data), qwen, **(settings | changes))
+
+    return make
+
+
+def test_examples(make_dataset, qwen, tiny):
+    ds = make_dataset(train=False)
+    assert len(ds) == 12
+    example = ds[3]
+    entry = load_entries(tiny.data)[3]
+    assert example["id"] == entry.id and "error" not in example
+    assert example["frames"].shape == (4, 96, 96, 3) and example["frames"].dtype == torch.uint8
+    assert qwen.decode([i for i in example["labels"] if i != IGNORE_INDEX]) == entry.captions[0] + "<|im_end|>"
+    np.testing.assert_array_equal(example["frames"], read_frames(tiny.videos / entry.video, 4, 96))
+
+
+def test_variant_and_augmentation_depend_on_seed_epoch_and_id_alone(make_dataset, tiny):
+    variants = tuple(f"A red car number {i} stops." for i in range(20))
+    entries = [replace(e, captions=variants) for e in load_entries(tiny.data)]
+    one, other = make_dataset(entries), make_dataset(entries[::-1])
+    for epoch in range(3):
+        a, b = one[(epoch, 2)], other[(epoch, len(entries) - 3)]
+        assert a["id"] == b["id"] and a["labels"] == b["labels"] and torch.equal(a["frames"], b["frames"])
+    assert len({tuple(one[(epoch, 2)]["labels"]) for epoch in range(12)}) > 4
+    assert not torch.equal(one[(0, 2)]["frames"], one[(1, 2)]["frames"])
+    assert len({tuple(make_dataset(entries, seed=s)[2]["labels"]) for s in range(12)}) > 4
+    calm = make_dataset(entries, train=False)
+    assert calm[(0, 2)]["labels"] == calm[(5, 2)]["labels"] and torch.equal(calm[0]["frames"], calm[(9, 0)]["frames"])
+
+
+def test_augmentation_keeps_the_facts():
+    import random
+
+    frames = np.zeros((3, 64, 64, 3), np.uint8)
+    frames[:, :, :32] = (200, 30, 30)  # a red left half
+    frames[:, :, 32:] = (30, 30, 200)
+    for seed in range(50):
+        changed = dataset.augment(frames, random.Random(seed)).astype(int)
+        assert changed.dtype == int and (changed[0] == changed[1]).all()
+        assert (changed[:, :, :32, 0] > changed[:, :, :32, 2] + 100).all()  # red stays red, left stays left
+        assert (changed[:, :, 32:, 2] > changed[:, :, 32:, 0] + 100).all()
+        assert np.abs(changed - frames).max() <= 50
+
+
+def test_a_broken_clip_is_reported_and_never_replaced(make_dataset, tiny, tmp_path, qwen):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "car.mp4").write_bytes((tiny.videos / "car.mp4").read_bytes())
+    (videos / "bus.mp4").write_bytes(b"no clip")
+    ds = make_dataset(video_root=videos)
+    good, bad, missing = ds[0], ds[2], ds[4]
+    assert bad["id"] == "bus#microscope" and bad["error"] == f"{videos / 'bus.mp4'}: not a readable video"
+    assert missing["error"].endswith("walk.mp4: no such file")
+    batch = collate([bad, good, missing], qwen.pad_token_id)
+    assert batch["ids"] == ["car#microscope"] and batch["errors"] == [bad["error"], missing["error"]]
+    assert torch.equal(batch["frames"][0], good["frames"])
+    batch = collate([bad, missing], qwen.pad_token_id)
+    assert batch["frames"].shape == (1, 4, 96, 96, 3) and len(batch["errors"]) == 2
+    assert (batch["labels"] == IGNORE_INDEX).all()
+    assert (batch["input_ids"] == placeholder_id(qwen)).sum() == 8
+
+
+def test_collate_pads_to_the_longest_and_masks_by_position(make_dataset, tiny, llama):
+    ds = make_dataset()
+    ds.tokenizer = llama  # pads with its eos
+    examples = [ds[i] for i in range(4)]
+    batch = collate(examples, llama.pad_token_id)
+    lengths = [len(e["input_ids"]) for e in examples]
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, max(lengths)) and len(set(lengths)) > 1
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        assert batch["input_ids"][row, :length].tolist() == example["input_ids"]
+        assert batch["labels"][row, :length].tolist() == example["labels"]
+        assert (batch["input_ids"][row, length:] == llama.pad_token_id).all()
+        assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
+        assert batch["labels"][row, length - 1] == llama.eos_token_id
+        assert batch["attention_mask"][row, :length].all()
+
+
+def test_sampler_drops_the_last_incomplete_step():
+    sampler = EpochSampler(23, 4, seed=1)
+    first = list(sampler)
+    assert len(first) == len(sampler) == 20 and len({i for _, i in first}) == 20
+    assert {e for e, _ in first} == {0} and list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert {e for e, _ in second} == {1} and [i for _, i in second] != [i for _, i in first]
+    assert list(EpochSampler(23, 4, seed=2)) != first
+    with pytest.raises(DataError, match="3 training examples"):
+        EpochSampler(3, 4, seed=0)
+
+
+def test_a_loader_with_workers(make_dataset, qwen):
+    ds = make_dataset()
+    sampler = EpochSampler(len(ds), 4, seed=0)
+    loader = torch.utils.data.DataLoader(
+        ds, batch_size=4, sampler=sampler, num_workers=2, collate_fn=lambda rows: collate(rows, qwen.pad_token_id)
+    )
+    ids = [i for batch in loader for i in batch["ids"]]
+    assert ids == [ds.entries[index].id for _, index in sampler]
