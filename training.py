@@ -8,12 +8,14 @@ This module imports neither torch nor transformers at its top: a mistyped flag i
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -527,6 +529,32 @@ class Run:
         self.flush()
         if self.main:
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", panels)
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, keep: int, barrier=lambda: None, **counters):
+        """Give a temporary folder; once left, it becomes checkpoints/step-000010, and only the newest `keep` stay.
+
+        Every process enters, `barrier` makes them wait for each other. `counters` go into run.json, with the number of
+        processes and the commit. After an error inside, nothing that looks like a checkpoint is left.
+        """
+        self.flush()
+        final = self.checkpoints / f"step-{step:06d}"
+        temporary = final.with_name(f".{final.name}")
+        if self.main:
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in self.checkpoints.glob(".*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir()
+            state = {"num_processes": process_rank()[1], "commit": git_commit(), **counters}
+            _write(temporary / "run.json", json.dumps(state, indent=2) + "\n")
+        barrier()
+        yield temporary
+        barrier()
+        if self.main:
+            temporary.rename(final)
+            old = sorted(self.checkpoints.glob("step-[0-9]*"), key=checkpoint_step)[:-keep]
+            for folder in old:  # renamed first: a half-deleted folder must not look like a checkpoint
+                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
 
     def close(self):
         """Write what is left and let go of the folder."""
