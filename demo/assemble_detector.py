@@ -1,6 +1,6 @@
 """Builds the `.pt` that ultralytics wants from the safetensors and JSON of demo/base/detector.
 
-    python -m demo.assemble_detector --output output/demo/detector.pt
+    python -m demo.assemble_detector --output output/demo/detector/detector.pt
 
 Git keeps no pickle; this one is made on the machine that loads it, and loads with ULTRALYTICS_SAFE_LOAD=1.
 """
@@ -43,7 +43,7 @@ def assemble(folder: Path | str, output: Path | str) -> Path:
     partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     with open(partial, "wb") as file:  # a file object: a path's name would stand inside the archive
         torch.save({"model": network.eval(), "train_args": {"task": "detect", "imgsz": about["image_size"]},
-                    "license": "AGPL-3.0"}, file)  # fmt: skip
+                    "license": "AGPL-3.0"}, file)
     os.replace(partial, output)
     return output
 
@@ -51,7 +51,7 @@ def assemble(folder: Path | str, output: Path | str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", default=str(BASE), help="folder of detector.json and detector.safetensors")
-    parser.add_argument("--output", default="output/demo/detector.pt", help="the checkpoint to write")
+    parser.add_argument("--output", default="output/demo/detector/detector.pt", help="the checkpoint to write")
     args = parser.parse_args()
     print(f"wrote {assemble(args.detector, args.output)}")
 
