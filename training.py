@@ -334,7 +334,7 @@ def git_commit() -> str:
         return "unknown"
 
 
-def _model_problem(key: str, name: str) -> str | None:
+def model_problem(key: str, name: str) -> str | None:
     """What is wrong with a base model's folder or hub name, as far as the disk can tell."""
     folder = Path(name)
     if folder.is_dir():
@@ -399,7 +399,7 @@ def check_inputs(config, *, stage=None, models=("vision_model", "language_model"
     paths alone and returns []; `more` are problems that the caller has found itself. ConfigError (exit 2) if any.
     """
     problems, entries = list(more), []
-    problems += [p for key in models if (p := _model_problem(key, getattr(config, key)))]
+    problems += [p for key in models if (p := model_problem(key, getattr(config, key)))]
     if stage is not None and (problem := _init_problem(config, stage)):
         problems.append(problem)
     has_videos = Path(config.video_root).is_dir()
