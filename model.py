@@ -107,11 +107,12 @@ class _TokenLogps(torch.autograd.Function):
                 part = slice(i, i + chunk)
                 logits = _logits(hidden[part], wide, temperature, banned)  # [n, V]
                 lse[part] = logits.logsumexp(-1)
-                logps[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
-                probs = (logits - lse[part, None]).exp_()
+                logits.sub_(lse[part, None])  # now log-probabilities
+                logps[part] = logits.gather(1, targets[part, None])[:, 0]
+                probs = logits.exp()
                 if banned is not None:
                     logits.index_fill_(1, banned, 0.0)  # 0 * -inf would be NaN
-                entropy[part] = lse[part] - torch.linalg.vecdot(probs, logits)
+                entropy[part] = -torch.linalg.vecdot(probs, logits)
         ctx.save_for_backward(hidden, head, targets, lse, banned)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -487,6 +488,7 @@ class DriveVLM(nn.Module):
     def _load_adapter(self, folder):
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = False
+        config.base_model_name_or_path = None  # PEFT writes the present one, and would warn that it changed
         self._wrap_lora(config, seed=0)
         expected = {name: tensor.shape for name, tensor in self.adapter_state().items()}
         problems = _shape_problems(folder / "adapter_model.safetensors", expected)
