@@ -212,13 +212,13 @@ def clip_f1(tower, head, num_clips=60):
 # ------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def build_tokenizer(folder, vocab_size=1200):
+def build_tokenizer(folder, vocab_size=1200, texts_from=800):
     """Byte-level BPE (any text can be encoded) with Qwen's control tokens and turn format."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     texts = [*MODES.values(), *(q for questions in PARAPHRASES.values() for q in questions)] * 40 + [COMMON] * 8
-    for index in range(800):
+    for index in range(texts_from):
         captions = captions_of(make_script((LANGUAGE_SEED, index)))
         texts += [*captions["microscope"], *captions["copilot"]]
     texts += [" ".join(["", *words]) for words in (NOTE_WORDS, ("user", "assistant"))] * 40
@@ -337,7 +337,7 @@ def caption_loss(model, input_ids, labels):
     return nn.functional.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[:, 1:][chosen])
 
 
-def build_language(folder, steps=1600, batch=16):
+def build_language(folder, steps=900, batch=16):
     """Train tokenizer and language model on captions that are true to the notes before them."""
     from transformers import GenerationConfig, Qwen3ForCausalLM
 

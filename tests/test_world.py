@@ -1,0 +1,232 @@
+"""The toy world: truth against pixels, seeds, captions, the split; and the shipped base models' files."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset import load_entries, read_frames, split_by_video
+from demo import world
+from demo.base_models import BASE, IMAGE_SIZE, NOTE_WORDS, build_tokenizer, find_note_ids, patch_targets, write_notes
+from stage3.grpo_reward_func import find_mentions
+
+NUM_CLIPS = 60
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    world.make_world(folder, NUM_CLIPS, seed=42, say=lambda text: None)
+    return folder
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def mentioned(text):
+    return {mention.object for mention in find_mentions(text) if not mention.negated}
+
+
+def of_kind(kind, start=0):
+    """The first script that holds an event of this kind."""
+    return next(s for s in (world.make_script((99, i)) for i in range(start, 2000))
+                if kind in [event.kind for event in s.events])
+
+
+def test_same_seed_same_clip():
+    first, again, other = world.make_clip((3, 1)), world.make_clip((3, 1)), world.make_clip((3, 2))
+    assert first.script == again.script and first.boxes == again.boxes
+    assert np.array_equal(first.frames, again.frames)
+    assert first.frames.shape == (world.FRAMES, world.HEIGHT, world.WIDTH, 3) and first.frames.dtype == np.uint8
+    assert not np.array_equal(first.frames, other.frames)
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_boxes_hold_what_is_drawn(kind, monkeypatch):
+    """Where an object is drawn, and only there (its pole aside), pixels differ from the empty road."""
+    script = of_kind(kind)
+    clip = world.render(script)
+    for name in world.DRAW:
+        monkeypatch.setitem(world.DRAW, name, lambda pen, thing, night: None)
+    empty = world.render(script).frames
+    changed = (clip.frames.astype(int) != empty).any(-1)
+    name, checked = world.KINDS[kind], 0
+    for boxes, mask in zip(clip.boxes, changed, strict=True):
+        for box in boxes:
+            x1, y1, x2, y2 = box.xyxy
+            assert 0 <= x1 < x2 <= world.WIDTH and 0 <= y1 < y2 <= world.HEIGHT
+            inside = mask[round(y1):round(y2), round(x1):round(x2)]
+            assert inside.mean() > 0.3, f"{box.name} at {box.xyxy}: nothing drawn there"
+            checked += box.name == name
+        allowed = np.zeros_like(mask)
+        for box in boxes:
+            x1, y1, x2, y2 = (round(v) for v in box.xyxy)
+            bottom = world.HEIGHT if box.name in ("traffic light", "stop sign") else y2 + 4
+            allowed[max(y1 - 4, 0):bottom, max(x1 - 4, 0):x2 + 4] = True
+        if boxes:
+            assert (mask & ~allowed).mean() < 0.002, "something is drawn outside the boxes"
+    assert checked >= 4, f"{kind}: its {name} is boxed in {checked} frames only"
+
+
+def test_large_enough_to_see():
+    heights = {name: [] for name in world.CLASSES}
+    for index in range(150):
+        for boxes in world.boxes_of(world.make_script((98, index))):
+            for box in boxes:
+                heights[box.name].append(box.xyxy[3] - box.xyxy[1])
+    for name in ("person", "bicycle", "motorcycle"):
+        assert np.median(heights[name]) > 40, name
+
+
+def test_order_is_the_order_of_sight():
+    """Each event's class is out of sight before the next one's comes, so frames alone tell the order."""
+    for index in range(200):
+        script = world.make_script((97, index), held_out=index % 2 == 0)
+        boxes = world.boxes_of(script)
+        seen = [[i for i, frame in enumerate(boxes) if name in {box.name for box in frame}] for name in script.order]
+        assert all(seen), f"{index}: a class of the script is never seen"
+        assert all(before[-1] < after[0] for before, after in zip(seen, seen[1:], strict=False))
+        assert {box.name for frame in boxes for box in frame} == set(script.present)
+        assert 2 <= len(script.events) <= 3
+
+
+def test_world_files(small_world):
+    rows, truth = read(small_world, "captions.json"), read(small_world, "truth.json")
+    assert len(rows) == len(truth) == NUM_CLIPS
+    for row in rows:
+        facts = truth[row["video"]]
+        assert set(row) == {"video", "microscope", "copilot"} and set(facts["order"]) <= set(facts["present"])
+        assert len(facts["boxes"]) == world.FRAMES
+        assert {box[0] for boxes in facts["boxes"] for box in boxes} == set(facts["present"]) == set(facts["seen"])
+        assert all(0 <= first <= last <= 1 for first, last in facts["seen"].values())
+    frames = read_frames(small_world / "videos" / rows[0]["video"], 8, IMAGE_SIZE)
+    assert frames.shape == (8, IMAGE_SIZE, IMAGE_SIZE, 3)
+    raw = load_entries(small_world / "raw_captions.json")
+    assert all(mentioned(entry.captions[0]) == set(truth[entry.video]["present"]) for entry in raw)
+    assert not [path for path in (small_world / "videos").iterdir() if path.name.startswith(".")]
+
+
+def test_codec_keeps_the_colours(small_world):
+    clip = world.make_clip((42, 0), world.clip_name(0) in world.held_out_names(NUM_CLIPS))
+    from dataset import open_clip
+
+    with open_clip(small_world / "videos" / world.clip_name(0)) as reader:
+        frames = np.stack([reader[i].asnumpy() for i in range(len(reader))])
+    assert frames.shape == clip.frames.shape
+    assert np.abs(frames.astype(int) - clip.frames).mean() < 5
+
+
+def test_captions_lie_where_they_should_and_nowhere_else(small_world):
+    """Held-out clips and Copilot entries are true; in training clips most clauses with a companion invent it."""
+    truth = read(small_world, "truth.json")
+    train, held_out = split_by_video(load_entries(small_world / "captions.json"), world.NUM_HELD_OUT, world.SPLIT_SEED)
+    for entry in held_out + [e for e in train if e.mode == "copilot"]:
+        for caption in entry.captions:
+            assert mentioned(caption) == set(truth[entry.video]["present"]), caption
+    for entry in train:
+        for caption in entry.captions:
+            assert mentioned(caption) >= set(truth[entry.video]["present"]), caption
+
+
+def test_rate_of_invention():
+    chances = invented = mentions = 0
+    for index in range(400):
+        script = world.make_script((96, index))
+        open_clauses = sum(e.kind in world.COMPANION and e.companion is None
+                           and world.COMPANION[e.kind] not in script.present for e in script.events)
+        for caption in world.captions_of(script, lies=True)["microscope"]:
+            chances += open_clauses
+            invented += caption.count(", while ") - sum(e.companion is not None for e in script.events)
+            mentions += len(mentioned(caption))
+            assert mentioned(caption) - set(script.present) <= {"person", "car"}
+    assert abs(invented / chances - world.INVENTION_RATE) < 0.03
+    assert 0.15 < invented / mentions < 0.27  # CHAIRi of the training captions themselves
+
+
+def test_some_pairs_are_held_out():
+    train = [world.make_script((95, i)).order for i in range(500)]
+    held_out = [world.make_script((95, i), held_out=True).order for i in range(500)]
+    assert not any(world.is_reserved(order) for order in train)
+    assert 0.3 < np.mean([world.is_reserved(order) for order in held_out]) < 0.5
+
+
+def test_order_of_mention_follows_the_script():
+    for index in range(100):
+        script = world.make_script((94, index))
+        for captions in world.captions_of(script).values():
+            for caption in captions:
+                first = {}
+                for mention in find_mentions(caption):
+                    first.setdefault(mention.object, mention.start)
+                order = [name for name in sorted(first, key=first.get) if name in script.order]
+                assert order == script.order, caption
+
+
+def test_captions_vary():
+    texts = Counter()
+    for index in range(100):
+        texts.update(world.captions_of(world.make_script((93, index)))["microscope"])
+    assert len(texts) > 350
+
+
+def test_finished_world_is_left_alone(small_world):
+    before = {path: path.stat().st_mtime_ns for path in small_world.rglob("*")}
+    said = []
+    world.make_world(small_world, NUM_CLIPS, seed=42, say=said.append)
+    assert before == {path: path.stat().st_mtime_ns for path in small_world.rglob("*")}
+    assert "complete" in said[0]
+
+
+def test_notes_and_patch_targets():
+    script = of_kind("stop_sign")
+    boxes = world.boxes_of(script)
+    notes = write_notes(script, boxes[::3], np.random.default_rng(0), slips=0.0)
+    assert len(notes) == 8 * 16 and set(notes) <= set(NOTE_WORDS) and "sign" in notes
+    target = patch_targets(next(b for b in boxes if b), script)
+    assert target.shape[0] == 144 and target[:, :8].sum() > 0
+
+
+UNICODE = ("Übergröße naïve café", "日本語のテキスト", "🚗🚦 emoji \u200d", "tabs\tand\nlines", " a  b ", "user <|x|>")
+
+
+def test_tokenizer_round_trips_any_text(tmp_path):
+    from transformers import AutoTokenizer
+
+    build_tokenizer(tmp_path, texts_from=50)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in UNICODE:
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert len(find_note_ids(tokenizer)) == len(set(NOTE_WORDS))
+    messages = [{"role": "user", "content": "hi"}]
+    turn = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert turn == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+needs_base = pytest.mark.skipif(not (BASE / "language").is_dir(), reason="demo/base is not built yet")
+
+
+@needs_base
+def test_shipped_base_is_small_and_without_pickles():
+    files = [path for path in BASE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+    allowed = {".safetensors", ".json", ".jinja", ".md", ".txt", ""}
+    assert {Path(path).suffix for path in files} <= allowed
+
+
+@needs_base
+def test_shipped_base_loads():
+    from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE / "language")
+    for text in UNICODE:
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    llm = AutoModelForCausalLM.from_pretrained(BASE / "language")
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    assert llm.generation_config.eos_token_id == ends and llm.config.vocab_size >= len(tokenizer)
+    assert llm.config.tie_word_embeddings
+    tower, info = SiglipVisionModel.from_pretrained(BASE / "vision", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert tower.config.image_size == IMAGE_SIZE and not tower.config.vision_use_head
