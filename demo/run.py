@@ -183,7 +183,8 @@ def summarise(seeds: list[int]) -> str:
     keys = ("f1_micro", "recall", "chair_i", "chair_s", "ended")
     lines = ["| answers | system | mode | " + " | ".join(keys) + " |", "|" + " --- |" * (len(keys) + 3)]
     for kind in ("greedy", "sampled"):
-        runs = [json.loads((OUT / "results" / f"seed{s}" / kind / "metrics.json").read_text())["systems"] for s in seeds]
+        files = [OUT / "results" / f"seed{seed}" / kind / "metrics.json" for seed in seeds]
+        runs = [json.loads(file.read_text())["systems"] for file in files]
         for system in runs[0]:
             for mode in MODES:
                 cells = []
@@ -197,7 +198,7 @@ def summarise(seeds: list[int]) -> str:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", action="store_true", help="after the demo: several seeds, sampled rows, the control")
+    parser.add_argument("--results", action="store_true", help="then several seeds, sampled rows, the control")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of --results (default: 1 2 3)")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
