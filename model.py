@@ -82,12 +82,12 @@ def seeded(seed, device="cpu"):
 # Log-probabilities of chosen tokens, without holding [tokens, vocabulary] logits
 
 
-def _logits(hidden, head, temperature, banned):
-    """Logits [n, V] in float32 of hidden [n, D]; products of bfloat16 numbers are summed and kept in float32."""
+def head_logits(hidden, head, temperature, banned):
+    """Logits [n, V] in float32 of hidden [n, D] and head [V, D]; bfloat16 products are summed and kept in float32."""
     if hidden.is_cuda and head.dtype != torch.float32:
         logits = torch.mm(hidden.to(head.dtype), head.T, out_dtype=torch.float32)
     else:
-        logits = torch.mm(hidden.float(), head.T)
+        logits = torch.mm(hidden.float(), head.float().T)
     if temperature != 1.0:
         logits.div_(temperature)
     if banned is not None:
@@ -105,7 +105,7 @@ class _TokenLogps(torch.autograd.Function):
             wide = head if hidden.is_cuda else head.float()
             for i in range(0, len(hidden), chunk):
                 part = slice(i, i + chunk)
-                logits = _logits(hidden[part], wide, temperature, banned)  # [n, V]
+                logits = head_logits(hidden[part], wide, temperature, banned)  # [n, V]
                 lse[part] = logits.logsumexp(-1)
                 logits.sub_(lse[part, None])  # now log-probabilities
                 logps[part] = logits.gather(1, targets[part, None])[:, 0]
@@ -126,7 +126,7 @@ class _TokenLogps(torch.autograd.Function):
             wide = head if hidden.is_cuda else head.float()
             for i in range(0, len(hidden), ctx.chunk):
                 part = slice(i, i + ctx.chunk)
-                slope = _logits(hidden[part], wide, ctx.temperature, banned)
+                slope = head_logits(hidden[part], wide, ctx.temperature, banned)
                 slope.sub_(lse[part, None]).exp_().neg_()  # d logp / d logits = onehot - softmax
                 slope.scatter_add_(1, targets[part, None], torch.ones_like(lse[part, None]))
                 slope.mul_(grad[part, None] / ctx.temperature)
@@ -210,33 +210,44 @@ def _first_line(error):
     return str(error).strip().splitlines()[0]
 
 
+def _load_problem(name, file, error):
+    """Why a base model's `file` does not load from `name` (a folder, or a name on the model hub), in one line."""
+    path = Path(name)
+    if path.is_dir():
+        return _first_line(error) if (path / file).is_file() else f"the folder has no {file}"
+    if path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).is_dir():
+        return "there is no such folder"
+    return f"no such folder here, and the model hub does not give it: {_first_line(error)}"
+
+
 def _read_bases(vision_model, language_model, tokenizer_folder, vision_revision, language_revision):
     """(vision config, LM config, tokenizer) of the base models, no weights read; every problem in one ModelError."""
     vision_config = llm_config = tokenizer = None
     problems = []
     try:
         raw, _ = PretrainedConfig.get_config_dict(vision_model, revision=vision_revision)
-        if raw.get("model_type") in ("siglip", "siglip_vision_model"):
-            vision_config = SiglipVisionConfig.from_pretrained(vision_model, revision=vision_revision)
-            vision_config.vision_use_head = False  # the pooled vector is never read
-            patch_grid(vision_config)
-        else:
-            problems.append(
-                f"vision_model {vision_model}: model_type is {raw.get('model_type')!r}, not a fixed-resolution SigLIP "
-                "tower ('siglip' or 'siglip_vision_model', such as google/siglip2-so400m-patch14-384)"
+        if raw.get("model_type") not in ("siglip", "siglip_vision_model"):
+            raise ModelError(
+                f"its model_type is {raw.get('model_type')!r}, not a fixed-resolution SigLIP tower ('siglip' or "
+                "'siglip_vision_model', such as google/siglip2-so400m-patch14-384)"
             )
+        vision_config = SiglipVisionConfig.from_pretrained(vision_model, revision=vision_revision)
+        vision_config.vision_use_head = False  # the pooled vector is never read
+        patch_grid(vision_config)
     except (OSError, ValueError) as error:
-        problems.append(f"vision_model {vision_model}: {_first_line(error)}")
+        problems.append(f"vision_model {vision_model}: {_load_problem(vision_model, 'config.json', error)}")
     try:
         llm_config = AutoConfig.from_pretrained(language_model, revision=language_revision)
     except (OSError, ValueError) as error:
-        problems.append(f"language_model {language_model}: {_first_line(error)}")
-    try:
-        revision = language_revision if tokenizer_folder == language_model else None
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, revision=revision)
-        chat_pieces(tokenizer)  # has it a usable chat template, and a token left for the video?
-    except (OSError, ValueError) as error:
-        problems.append(f"tokenizer {tokenizer_folder}: {_first_line(error)}")
+        problems.append(f"language_model {language_model}: {_load_problem(language_model, 'config.json', error)}")
+    if llm_config is not None or tokenizer_folder != language_model:
+        try:
+            revision = language_revision if tokenizer_folder == language_model else None
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, revision=revision)
+            chat_pieces(tokenizer)  # has it a usable chat template, and a token left for the video?
+        except (OSError, ValueError) as error:
+            why = _load_problem(tokenizer_folder, "tokenizer_config.json", error)
+            problems.append(f"tokenizer of {tokenizer_folder}: {why}")
     fail("cannot load the base models", problems)
     return vision_config, llm_config, tokenizer
 
@@ -248,7 +259,7 @@ def _load_weights(cls, name, config, dtype, revision):
             model, info = cls.from_pretrained(
                 name, config=config, dtype=dtype, revision=revision, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
     if info["missing_keys"]:
         keys = sorted(info["missing_keys"])
@@ -319,6 +330,17 @@ def checkpoint_folder(folder):
     return folder
 
 
+def _read_json(path):
+    """The object in a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return content
+
+
 def read_checkpoint(folder, expect_stage=None):
     """(checkpoint folder, content of drivevlm.json); ModelError if files are missing or the stage is another."""
     folder = checkpoint_folder(folder)
@@ -326,10 +348,7 @@ def read_checkpoint(folder, expect_stage=None):
         raise ModelError(f"no checkpoint folder at {folder}")
     if not (folder / "drivevlm.json").is_file():
         raise ModelError(f"{folder} is no checkpoint folder: it has no drivevlm.json (nor has {folder / 'model'})")
-    try:
-        meta = json.loads((folder / "drivevlm.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{folder / 'drivevlm.json'} is not JSON: {error}") from error
+    meta = _read_json(folder / "drivevlm.json")
     needed = ("stage", "vision_model", "language_model", "num_frames", "tokens_per_frame", "dtype", "placeholder")
     problems = [f"drivevlm.json lacks {key!r}" for key in needed if key not in meta]
     if expect_stage is not None and "stage" in meta and meta["stage"] != expect_stage:
@@ -338,6 +357,10 @@ def read_checkpoint(folder, expect_stage=None):
     if meta.get("stage", 0) >= 2:
         files += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     problems += [f"{name} is missing" for name in files if not (folder / name).is_file()]
+    adapter = folder / "adapter" / "adapter_config.json"
+    if adapter.is_file():
+        kind = _read_json(adapter).get("peft_type")
+        problems += [] if kind == "LORA" else [f"adapter/adapter_config.json is of type {kind!r}, not 'LORA'"]
     fail(f"checkpoint {folder}", problems)
     return folder, meta
 

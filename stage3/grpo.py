@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from dataset import cached_frames, resolve_video
-from model import ModelError, _logits, adapter_hash, checkpoint_folder, token_logps
+from model import ModelError, adapter_hash, checkpoint_folder, head_logits, token_logps
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 MAX_LOG_DIFF = 20.0  # exp(20) = 4.9e8 is still far from float32's end, and no honest token moves that far
@@ -321,7 +321,7 @@ def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, sha
             alive = slots != NOBODY
             which = slots[alive]  # [n]
             with torch.autocast(device.type, enabled=False):
-                logits = _logits(hidden[alive], head, temperature or 1.0, model.banned_ids)  # [n, V]
+                logits = head_logits(hidden[alive], head, temperature or 1.0, model.banned_ids)  # [n, V]
             tokens = sample_tokens(logits, uniforms[which, t]) if temperature else logits.argmax(-1)
             logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
             for k, token, logp in zip(which.tolist(), tokens.tolist(), logps.tolist(), strict=True):
