@@ -25,8 +25,15 @@ from dataset import MODES, DataError, EpochSampler, VideoInstructDataset, collat
 from training import checkpoint_step, fail, process_rank
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on: a loss that is not finite, or too many clips that cannot be read."""
+class TrainingError(SystemExit):
+    """Training cannot go on: a loss that is not finite, too many unreadable clips. Run prints it; exit code 1."""
+
+    def __init__(self, text: str):
+        super().__init__(1)
+        self.text = text
+
+    def __str__(self):
+        return self.text
 
 
 def start_process() -> torch.device:
@@ -121,7 +128,7 @@ def _arguments(config, run, max_steps: int, device: torch.device) -> TrainingArg
         learning_rate=config.learning_rate, lr_scheduler_type=schedule, max_grad_norm=config.max_grad_norm,
         warmup_steps=round(config.warmup * max_steps), logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        label_names=["labels"], ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+        label_names=["labels"], ddp_find_unused_parameters=False,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun; one process never runs DataParallel
     return args
@@ -323,14 +330,14 @@ class StageTrainer(Trainer):
         frames = torch.stack([clips[video] for video, _ in asked])  # [6, T, S, S, 3]
         answers = self.model.generate(frames, [MODES[mode] for _, mode in asked],
                                       max_new_tokens=self.config.sample_tokens)
-        lines = [f"what the model says after step {step}"]
+        lines, shown = [f"what the model says after step {step}"], None
         for (video, mode), answer in zip(asked, answers, strict=True):
             text = answer.text if answer.ended else answer.text + " [cut off]"
             reference = references.get((video, mode), "none")
             self.run.text(f"answers/{mode}/{video}", step, f"{text}\n\nreference: {reference}", show=False)
-            lines += [f"  {video} | {mode:10} | {text}"]
-            if step == 0:
-                lines += [f"  {'':{len(video)}} | reference  | {reference}"]
+            lines += [f"  {video}"] if video != shown else []
+            lines += [f"    {mode:10} | {text}"] + ([f"    {'reference':>10} | {reference}"] if step == 0 else [])
+            shown = video
         self.run.say("\n".join(lines))
 
     # ---- checkpoints

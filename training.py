@@ -348,23 +348,29 @@ def model_problem(key: str, name: str) -> str | None:
     return None
 
 
-def _init_problem(config, stage: int) -> str | None:
-    """Does `init_from` hold the result of the stage before?"""
+def _init_problems(config, stage: int) -> list[str]:
+    """Does `init_from` hold the result of the stage before, of the same frames and base models?"""
     before = stage - 1
     if stage == 1:
-        return "init_from: stage 1 starts from the base models and takes none" if config.init_from else None
+        return ["init_from: stage 1 starts from the base models and takes none"] if config.init_from else []
     if not config.init_from:
-        return f"init_from: stage {stage} starts from stage {before}'s run folder: --init_from output/stage{before}"
+        return [f"init_from: stage {stage} starts from stage {before}'s run folder: --init_from output/stage{before}"]
     folders = [Path(config.init_from), Path(config.init_from) / "model"]
     meta = next((f / "drivevlm.json" for f in folders if (f / "drivevlm.json").is_file()), None)
     if meta is None:
-        return f"init_from: no drivevlm.json in {folders[0]} or {folders[1]} (has stage {before} finished?)"
+        return [f"init_from: no drivevlm.json in {folders[0]} or {folders[1]} (has stage {before} finished?)"]
     content = json.loads(meta.read_text(encoding="utf-8"))
-    if content.get("stage") != before:
-        return f"init_from: {meta.parent} is of stage {content.get('stage')}; stage {stage} starts from stage {before}"
-    if content.get("num_frames") != config.num_frames:
-        return f"num_frames: {config.num_frames}, but {meta.parent} was trained with {content.get('num_frames')}"
-    return None
+    if content["stage"] != before:
+        return [f"init_from: {meta.parent} is of stage {content['stage']}; stage {stage} starts from stage {before}"]
+    found = []
+    if content["num_frames"] != config.num_frames:
+        found.append(f"num_frames: {config.num_frames}, but {meta.parent} was trained with {content['num_frames']}")
+    for key in ("vision_model", "language_model"):
+        old, new = content[key]["name"], getattr(config, key)
+        moved = Path(old).is_absolute() and not Path(old).exists()  # then the new name says where it lies now
+        if Path(old).resolve() != Path(new).resolve() and not moved:
+            found.append(f"{key}: {new}, but {meta.parent} was trained with {old}")
+    return found
 
 
 def _entry_problems(config, entries, modes) -> list[str]:
@@ -400,8 +406,7 @@ def check_inputs(config, *, stage=None, models=("vision_model", "language_model"
     """
     problems, entries = list(more), []
     problems += [p for key in models if (p := model_problem(key, getattr(config, key)))]
-    if stage is not None and (problem := _init_problem(config, stage)):
-        problems.append(problem)
+    problems += _init_problems(config, stage) if stage is not None else []
     has_videos = Path(config.video_root).is_dir()
     if not has_videos:
         problems.append(f"video_root: no folder {config.video_root} (the folder that the rows' paths start from)")
@@ -571,8 +576,12 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None and not issubclass(kind, ConfigError) and self._log is not None:
-            self.say(f"stopped by {kind.__name__}: {error}\ngo on from the last checkpoint with --resume auto")
+        if kind is not None and not issubclass(kind, ConfigError):
+            text = f"stopped by {kind.__name__}: {error}".rstrip(": ")
+            if self._log is not None:
+                self.say(f"{text}\ngo on from the last checkpoint with --resume auto")
+            else:  # another rank may be the one that knows the cause
+                print(f"rank {process_rank()[0]}: {text}", file=sys.stderr, flush=True)
         self.close()
 
 

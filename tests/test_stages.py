@@ -1,0 +1,432 @@
+"""Stages 1 and 2 on tiny random models: what trains, resume, broken clips, wrong folders, two processes.
+
+Everything runs in this process but for one torchrun.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_stage1_ddp
+import train_stage2
+import trainer as trainer_module
+from dataset import load_entries, split_by_video
+from model import DriveVLM
+from training import ConfigError, last_checkpoint, load_config, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flags(tiny, output_dir, **changes):
+    """Flags of a short run: 8 entries to train on, 4 held out, 4 clips a step, 2 steps an epoch."""
+    values = {
+        "data": tiny.data, "video_root": tiny.videos, "vision_model": tiny.vision, "language_model": tiny.llm,
+        "output_dir": output_dir, "frame_cache": tiny.root / "frame_cache", "num_workers": 0, "num_frames": 2,
+        "num_val_videos": 2, "dtype": "float32", "max_steps": 6, "per_device_batch_size": 2,
+        "gradient_accumulation_steps": 2, "warmup": 0.2, "eval_every": 3, "sample_every": 6, "sample_tokens": 8,
+        "save_every": 2, "keep_checkpoints": 2, "learning_rate": 1e-2,
+    }
+    return [f"--{key}={value}" for key, value in (values | changes).items()]
+
+
+def stage1(tiny, output_dir, *extra, **changes):
+    train_stage1_ddp.main([*flags(tiny, output_dir, **changes), *extra])
+    return Path(output_dir)
+
+
+def stage2(tiny, output_dir, init_from, *extra, **changes):
+    lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "projector_learning_rate": 1e-3, "init_from": init_from}
+    train_stage2.main([*flags(tiny, output_dir, **(lora | changes)), *extra])
+    return Path(output_dir)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """One finished run of each stage, with the models as they were in memory at the end."""
+    root, models = tmp_path_factory.mktemp("runs"), []
+    patch = pytest.MonkeyPatch()
+    fit = trainer_module.StageTrainer.fit
+    patch.setattr(trainer_module.StageTrainer, "fit", lambda self, c: (fit(self, c), models.append(self.model)))
+    one = stage1(tiny, root / "stage1")
+    two = stage2(tiny, root / "stage2", one)
+    patch.undo()
+    return SimpleNamespace(one=one, two=two, models=models)
+
+
+def files(folder):
+    """{relative path: bytes} of a folder's safetensors."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*.safetensors"))}
+
+
+def steps(folder):
+    return {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+
+
+# ---- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_run_folder_is_complete(runs):
+    for folder, stage in ((runs.one, 1), (runs.two, 2)):
+        assert {p.name for p in folder.iterdir()} == {
+            ".lock", "config.yaml", "checkpoints", "curves.png", "metrics.jsonl", "model", "runs", "train.log"}
+        rows = steps(folder)
+        assert list(rows) == [0, 1, 2, 3, 4, 5, 6]
+        for step in range(1, 7):
+            assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait", "memory_gb",
+                    "seconds_left", "failed_clips"} <= set(rows[step])
+        for step in (0, 3, 6):
+            assert {"eval_loss", "eval_loss_copilot", "eval_loss_microscope"} <= set(rows[step])
+        assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+        suffixes = {p.suffix for p in (folder / "model").rglob("*") if p.is_file()}
+        assert suffixes == {".json", ".safetensors", ".jinja"}
+        meta = json.loads((folder / "model" / "drivevlm.json").read_text())
+        assert meta["stage"] == stage and meta["num_frames"] == 2
+        log = (folder / "train.log").read_text()
+        assert "step 6/6 | loss" in log and "what the model says after step 6" in log and "projector" in log
+        assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_answers_of_fixed_clips_in_both_modes_are_in_log_and_tensorboard(runs, tiny):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs.one / "runs")).Reload()
+    _, held_out = split_by_video(load_entries(tiny.data), 2, 42)
+    for entry in held_out:
+        tag = f"answers/{entry.mode}/{entry.video}/text_summary"
+        assert [event.step for event in events.Tensors(tag)] == [0, 6]
+        assert f"reference | {entry.captions[0]}" in (runs.one / "train.log").read_text()
+    assert {"train/loss", "train/grad_norm", "eval/loss"} <= set(events.Tags()["scalars"])
+
+
+def test_loss_falls_and_learning_rate_follows_the_schedule(runs):
+    rows = steps(runs.one)
+    assert rows[6]["loss"] < rows[1]["loss"] and rows[6]["eval_loss"] < rows[0]["eval_loss"]
+    rates = [rows[step]["learning_rate"] for step in range(1, 7)]
+    assert rates[0] == 0 and rates[1] == pytest.approx(1e-2) and rates[1:] == sorted(rates[1:], reverse=True)
+    two = steps(runs.two)
+    assert two[3]["learning_rate_projector"] == pytest.approx(two[3]["learning_rate"] / 10)
+    assert two[0]["eval_loss"] == pytest.approx(rows[6]["eval_loss"], rel=1e-6)  # stage 2 starts where stage 1 ended
+
+
+# ---- who learns ------------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_changes_its_own_modules_and_no_others(runs, tiny):
+    fresh = DriveVLM.from_base(tiny.vision, tiny.llm, num_frames=2, dtype="float32", seed=42)
+    base = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    one, two = (load_file(folder / "model" / "projector.safetensors") for folder in (runs.one, runs.two))
+    for name, tensor in one.items():
+        assert not torch.equal(tensor, base[name]), name  # stage 1 trains projector and temporal
+    for name, tensor in two.items():
+        assert torch.equal(tensor, one[name]) == (name == "temporal"), name  # stage 2 the projector alone
+    assert not (runs.one / "model" / "adapter").exists()
+    adapter = load_file(runs.two / "model" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+    for model in runs.models:
+        after = {name.replace("llm.base_model.model.", "llm.").replace(".base_layer", ""): tensor
+                 for name, tensor in model.state_dict().items()}
+        for name, tensor in base.items():
+            if name.startswith(("vision.", "llm.")):
+                assert torch.equal(after[name], tensor), name
+
+
+def test_weight_decay_touches_projector_matrices_alone(tiny, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(self, checkpoint):
+        self.create_optimizer()
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        seen.update({names[id(p)]: (group["weight_decay"], group["lr"])
+                     for group in self.optimizer.param_groups for p in group["params"]})
+
+    monkeypatch.setattr(trainer_module.StageTrainer, "fit", look)
+    stage1(tiny, tmp_path / "run", weight_decay=0.3)
+    assert seen == {"projector.fc1.weight": (0.3, 0.01), "projector.fc2.weight": (0.3, 0.01),
+                    "projector.fc1.bias": (0.0, 0.01), "projector.fc2.bias": (0.0, 0.01), "temporal": (0.0, 0.01)}
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_step_loss_does_not_depend_on_how_the_step_is_cut(tiny, tmp_path):
+    losses, evals, weights = [], [], []
+    for size, parts in ((4, 1), (1, 4)):
+        folder = stage1(tiny, tmp_path / f"{size}x{parts}", per_device_batch_size=size, max_steps=3,
+                        gradient_accumulation_steps=parts, warmup=0, activation_checkpointing=False)
+        rows = steps(folder)
+        losses.append([rows[step]["loss"] for step in (1, 2, 3)])
+        evals.append([rows[step][key] for step in (0, 3) for key in ("eval_loss", "eval_loss_copilot")])
+        weights.append(load_file(folder / "model" / "projector.safetensors"))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+    assert evals[0] == pytest.approx(evals[1], abs=2e-5)
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
+
+
+DUMP = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import train_stage1_ddp, trainer
+plain = trainer._Schedule.on_pre_optimizer_step
+def dump(self, args, state, control, model=None, **kwargs):
+    grads = {{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+    torch.save(grads, {folder!r} + f"/grads-{{state.global_step}}-{{os.environ.get('RANK', 0)}}.pt")
+    plain(self, args, state, control, model=model)
+trainer._Schedule.on_pre_optimizer_step = dump
+train_stage1_ddp.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):
+    options = {"max_steps": 2, "warmup": 0, "max_grad_norm": 1e9, "learning_rate": 1e-3}
+    results = {}
+    for name, processes, size in (("two", 2, 1), ("one", 1, 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        script = folder / "dump.py"
+        script.write_text(DUMP.format(root=str(ROOT), folder=str(folder)))
+        argv = flags(tiny, folder / "run", per_device_batch_size=size, **options)
+        if processes == 1:
+            monkeypatch.setattr(sys, "argv", [str(script), *argv])
+            with monkeypatch.context() as patch:  # puts back what the script replaces
+                patch.setattr(trainer_module._Schedule, "on_pre_optimizer_step",
+                              trainer_module._Schedule.on_pre_optimizer_step)
+                exec(compile(script.read_text(), str(script), "exec"), {"__name__": "dump"})
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            done = subprocess.run([*command, str(script), *argv], capture_output=True, text=True, timeout=300,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout.count("step 2/2") == 1  # rank 0 alone speaks
+        grads = [torch.load(folder / f"grads-{step}-0.pt", weights_only=True) for step in (0, 1)]
+        rows = steps(folder / "run")
+        results[name] = grads, [rows[1]["loss"], rows[2]["loss"], rows[0]["eval_loss"], rows[2]["eval_loss"]]
+    assert set(results["one"][0][0]) == {"temporal", *(f"projector.fc{i}.{kind}" for i in (1, 2)
+                                                       for kind in ("weight", "bias"))}
+    for two, one in zip(results["two"][0], results["one"][0], strict=True):
+        for name in one:
+            assert one[name].abs().max() > 0
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+    assert results["two"][1] == pytest.approx(results["one"][1], abs=1e-5)
+    assert torch.equal(torch.load(tmp_path / "two" / "grads-1-1.pt", weights_only=True)["temporal"],
+                       results["two"][0][1]["temporal"])  # both ranks hold the same gradient
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(monkeypatch, step):
+    """The run dies in the given step, before it could be saved."""
+    log = trainer_module.StageTrainer.log
+
+    def dying(self, logs, start_time=None):
+        log(self, logs, start_time)
+        if self.state.global_step == step:
+            raise Killed
+
+    monkeypatch.setattr(trainer_module.StageTrainer, "log", dying)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resumed_run_ends_in_the_same_bytes(stage, runs, tiny, tmp_path, monkeypatch, capsys):
+    def run(*extra):
+        if stage == 1:
+            return stage1(tiny, tmp_path / "run", *extra)
+        return stage2(tiny, tmp_path / "run", runs.one, *extra)
+
+    with monkeypatch.context() as patch:
+        kill_after(patch, 5)
+        with pytest.raises(Killed):
+            run()
+    folder, whole = tmp_path / "run", {1: runs.one, 2: runs.two}[stage]
+    assert last_checkpoint(folder).name == "step-000004" and not (folder / "model").exists()
+    assert "go on from the last checkpoint with --resume auto" in (folder / "train.log").read_text()
+    with pytest.raises(ConfigError, match="--resume auto"):
+        run()
+    with pytest.raises(ConfigError, match="seed: was 42, now 43"):
+        run("--resume=auto", "--seed=43")
+
+    run("--resume=auto")
+    assert files(folder / "model") == files(whole / "model")
+    assert files(folder / "checkpoints" / "step-000006") == files(whole / "checkpoints" / "step-000006")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        a, b = (torch.load(f / "checkpoints" / "step-000006" / name, weights_only=False) for f in (folder, whole))
+        assert str(a) == str(b), name
+    a, b = steps(folder), steps(whole)
+    assert list(a) == list(b)
+    assert [a[s].get(key) for s in a for key in ("loss", "grad_norm", "eval_loss")] == [
+        b[s].get(key) for s in b for key in ("loss", "grad_norm", "eval_loss")]
+
+    before = files(folder / "model")
+    run("--resume=auto")  # complete: nothing is done again
+    assert files(folder / "model") == before
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_killed_between_last_checkpoint_and_model(runs, tiny, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs.one, folder, ignore=shutil.ignore_patterns("model.*"))
+    shutil.rmtree(folder / "model")
+    config = (folder / "config.yaml").read_text().replace(str(runs.one), str(folder))
+    (folder / "config.yaml").write_text(config)
+    stage1(tiny, folder, "--resume=auto")
+    assert files(folder / "model") == files(runs.one / "model")
+
+
+def test_checkpoint_loads_with_weights_only(runs):
+    from transformers.trainer_pt_utils import safe_globals
+
+    folder = runs.two / "checkpoints" / "step-000006"
+    torch.load(folder / "optimizer.pt", weights_only=True)
+    torch.load(folder / "scheduler.pt", weights_only=True)
+    with safe_globals():
+        torch.load(folder / "rng_state.pth", weights_only=True)
+    assert json.loads((folder / "run.json").read_text())["num_processes"] == 1
+
+
+# ---- clips that cannot be read, losses that are not finite -----------------------------------------------------------
+
+
+def with_broken_clip(tiny, tmp_path, name):
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    (videos / name).write_bytes(b"not a video")
+    return videos
+
+
+def test_broken_clip_is_skipped_counted_named_and_never_swapped(tiny, tmp_path, monkeypatch):
+    train, _ = split_by_video(load_entries(tiny.data), 2, 42)
+    broken = train[0].video
+    batches = []
+    plain = trainer_module.StageTrainer.compute_loss
+
+    def spy(self, model, inputs, **kwargs):
+        batches.append((list(inputs["ids"]), int((inputs["labels"] != -100).sum())))
+        return plain(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(trainer_module.StageTrainer, "compute_loss", spy)
+    folder = stage1(tiny, tmp_path / "run", video_root=with_broken_clip(tiny, tmp_path, broken), max_failed_share=0.5,
+                    per_device_batch_size=1, gradient_accumulation_steps=4, max_steps=2)  # one epoch
+    seen = sorted(name for ids, labels in batches for name in ids if labels)
+    assert seen == sorted(entry.id for entry in train if entry.video != broken)
+    assert sum(labels == 0 for _, labels in batches) == 2  # micro-batches without any clip: a zero loss, with a graph
+    rows = steps(folder)
+    assert rows[2]["failed_clips"] == 1 and rows[2]["loss"] > 0
+    log = (folder / "train.log").read_text()
+    assert "skipped clip 1 of 6" in log and broken in log and "skipped clip 2" not in log
+    state = load_file(folder / "model" / "projector.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_too_many_broken_clips_stop_the_run(tiny, tmp_path, capsys):
+    train, _ = split_by_video(load_entries(tiny.data), 2, 42)
+    videos = with_broken_clip(tiny, tmp_path, train[0].video)
+    with pytest.raises(trainer_module.TrainingError, match="max_failed_share 1.0%") as caught:
+        stage1(tiny, tmp_path / "run", video_root=videos)
+    assert caught.value.code == 1 and train[0].video in str(caught.value)
+    assert "cannot be read" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_numbers_stop_the_run_and_name_the_clips(where, tiny, tmp_path, monkeypatch):
+    forward = DriveVLM.forward
+
+    def spoiled(self, **inputs):
+        out = forward(self, **inputs)
+        if self.training and len(calls) >= 4:  # the third step
+            if where == "loss":
+                out["loss"] = out["loss"] * float("nan")
+            else:
+                out["loss"].register_hook(lambda grad: grad * float("inf"))
+        if self.training:
+            calls.append(1)
+        return out
+
+    calls = []
+    monkeypatch.setattr(DriveVLM, "forward", spoiled)
+    train, _ = split_by_video(load_entries(tiny.data), 2, 42)
+    with pytest.raises(trainer_module.TrainingError, match=f"the {where}.* in step 3, on ") as caught:
+        stage1(tiny, tmp_path / "run")
+    assert any(entry.id in str(caught.value) for entry in train)
+    assert last_checkpoint(tmp_path / "run").name == "step-000002"
+
+
+# ---- wrong folders, missing things -----------------------------------------------------------------------------------
+
+
+def test_wrong_stage_is_refused(runs, tiny, tmp_path):
+    for call, word in (
+        (lambda: stage1(tiny, tmp_path / "a", init_from=runs.one), "takes none"),
+        (lambda: stage2(tiny, tmp_path / "b", runs.two), "is of stage 2; stage 2 starts from stage 1"),
+        (lambda: stage2(tiny, tmp_path / "c", tmp_path), "no drivevlm.json"),
+        (lambda: stage2(tiny, tmp_path / "d", "none"), "--init_from output/stage1"),
+        (lambda: stage2(tiny, tmp_path / "e", runs.one, num_frames=4), "num_frames: 4"),
+        (lambda: stage2(tiny, tmp_path / "f", runs.one, language_model=tiny.llm_plain), "language_model: .* trained"),
+    ):
+        with pytest.raises(ConfigError, match=word) as caught:
+            call()
+        assert caught.value.code == 2
+
+
+def test_stage_2_needs_both_modes(runs, tiny, tmp_path):
+    rows = [{"video": row["video"], "microscope": row["microscope"]} for row in json.loads(tiny.data.read_text())]
+    data = tmp_path / "one_mode.json"
+    data.write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match="no copilot entries"):
+        stage2(tiny, tmp_path / "b", runs.one, data=data)
+    folder = stage1(tiny, tmp_path / "a", data=data, max_steps=1)  # stage 1 trains on one mode
+    assert "eval_loss_copilot" not in steps(folder)[1] and "eval_loss_microscope" in steps(folder)[1]
+
+
+def test_less_than_one_step_of_clips_is_refused(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="8 training examples do not fill one optimizer step of 40"):
+        stage1(tiny, tmp_path / "run", gradient_accumulation_steps=20)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_no_held_out_clips_means_no_evaluation(tiny, tmp_path):
+    folder = stage1(tiny, tmp_path / "run", num_val_videos=0, max_steps=1)
+    assert "eval_loss" not in steps(folder)[1] and (folder / "curves.png").is_file()
+
+
+# ---- the order of clips ----------------------------------------------------------------------------------------------
+
+
+def test_batches_of_ranks_together_are_those_of_one_process(monkeypatch):
+    from dataset import EpochSampler
+    from trainer import RunBatches
+
+    def batches(rank, world, size):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        return list(RunBatches(EpochSampler(11, 4, seed=1), size, 6))
+
+    one, ranks = batches(0, 1, 4), [batches(rank, 2, 2) for rank in (0, 1)]
+    assert one == [a + b for a, b in zip(*ranks, strict=True)]
+    assert [len(batch) for batch in one] == [4] * 6
+    epochs = [{epoch for epoch, _ in batch} for batch in one]
+    assert epochs == [{0}, {0}, {1}, {1}, {2}, {2}]  # 3 of 11 entries are left out of each epoch
+    assert len({index for batch in one[:2] for _, index in batch}) == 8
+
+
+def test_defaults_of_the_scripts_are_the_real_recipe(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(train_stage2.Stage2Config, [], default_config="configs/stage2.yaml")
+    assert (config.data, config.output_dir) == ("data/captions.json", "output/stage2")
+    with pytest.raises(ConfigError) as caught:
+        train_stage2.main([])
+    assert "data/captions.json" in str(caught.value) and "output/stage1" in str(caught.value)
