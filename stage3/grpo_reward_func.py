@@ -12,16 +12,20 @@ from dataclasses import dataclass, field
 from stage3.vocabulary_config import (
     ARTICLES,
     ATTRIBUTE_OF,
+    AUXILIARIES,
     COCO_NAMES,
     COMMA,
     CONNECTIVE_INDEX,
+    CONNECTIVE_WORDS,
     EXCLUSIVE,
     FUNCTION_WORDS,
     SAFETY_CRITICAL,
     SCENE_INDEX,
     STOP,
     VERB_OF,
+    Claim,
     Mention,
+    Reading,
     find_mentions,
     first_mentions,
     match_phrase,
@@ -40,7 +44,7 @@ WEIGHTS = {"objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0
 class ModeSettings:
     """What one granularity asks for."""
 
-    window: tuple[float, float, float, float]  # words: detail pays 0, 1, 1, 0 at these and in a line between them
+    window: tuple[float, float, float, float]  # words: style pays 0, 1, 1, 0 at these, in a line between them
     verbs: int  # distinct dynamic verbs for full pay
     connectives: int  # distinct connectives for full pay
     attributes: tuple[float, ...]  # pay for 0, 1, 2 .. kinds of attribute said of a class
@@ -96,28 +100,93 @@ class Reward:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the caption claims, against the evidence
-
-
-def _verdict(claim, evidence):
-    """ "supported", "unsupported", "unknown" or "negated" for one claim; a denial of what is there is unsupported."""
-    classes = frozenset(claim.classes)
-    if claim.negated:
-        return "negated"
-    if classes & evidence.present:
-        return "supported"
-    return "unknown" if classes & evidence.unknown else "unsupported"
+# A caption in clauses
 
 
 @dataclass
+class Clause:
+    """A stretch of words [first, stop) between commas, stops and clause words."""
+
+    first: int
+    stop: int
+    sentence: int
+    claims: list[Claim]
+    ego: bool  # names the camera's own vehicle
+    verbs: list[str]  # base forms of its verbs of motion
+    truth: str = ""  # "object": says something checked; "ego": the camera's own motion; "false"; "": nothing
+
+
+@dataclass
+class Caption:
+    """A text as the parts below read it. Lists are parallel to reading.words."""
+
+    reading: Reading
+    verbs: list[str]  # base form of a verb of motion, or ""
+    attributes: list[str]  # category of an attribute, or ""
+    scenes: list[tuple[str, str] | None]  # (category, value) of a scene fact
+    connectives: list[str]  # the connective that begins here, or ""
+    clauses: list[Clause]
+
+
+CLAUSE_WORDS = frozenset(
+    "while as when then before after until because but where whereas although though once since so followed".split()
+)
+PRONOUNS = frozenset("it they he she this both these".split())  # these go on with the sentence before
+
+
+def read_caption(text):
+    """Caption of a text; its clauses are not judged yet."""
+    reading = read_text(text)
+    words, roles = reading.words, reading.roles
+    verbs = ["" if role else VERB_OF.get(word, "") for word, role in zip(words, roles, strict=True)]
+    attributes = ["" if role else ATTRIBUTE_OF.get(word, "") for word, role in zip(words, roles, strict=True)]
+    scenes, connectives, in_phrase = [None] * len(words), [""] * len(words), set()
+    for i, word in enumerate(words):
+        if word in SCENE_INDEX:
+            scenes[i] = match_phrase(SCENE_INDEX, reading, i)[1]
+            if scenes[i] and i and words[i - 1] in ("no", "not", "without"):
+                scenes[i] = None
+        if word in CONNECTIVE_INDEX:
+            length, pays = match_phrase(CONNECTIVE_INDEX, reading, i)
+            connectives[i] = " ".join(words[i:i + length]) if pays else ""
+            in_phrase.update(range(i + 1 - (pays is False), i + length))  # "such as", "soon after" begin no clause
+    caption = Caption(reading, verbs, attributes, scenes, connectives, [])
+    starts = [i for i, word in enumerate(words)
+              if i == 0 or reading.breaks[i] >= COMMA or word in CLAUSE_WORDS and i not in in_phrase]
+    claims = {}
+    for claim in reading.claims:
+        claims.setdefault(claim.first, []).append(claim)
+    sentence = 0
+    for first, stop in zip(starts, [*starts, len(words)][1:], strict=True):
+        sentence += first > 0 and reading.breaks[first] == STOP
+        caption.clauses.append(Clause(
+            first, stop, sentence, [claim for i in range(first, stop) for claim in claims.get(i, ())],
+            "ego" in roles[first:stop], [verb for verb in verbs[first:stop] if verb],
+        ))
+    return caption
+
+
+def _sentences(caption):
+    """The clauses, grouped by sentence."""
+    groups = {}
+    for clause in caption.clauses:
+        groups.setdefault(clause.sentence, []).append(clause)
+    return list(groups.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the caption claims, against the evidence
+
+
+@dataclass(frozen=True)
 class Facts:
-    """The claims of a caption after the check."""
+    """The claims of a caption after the check, as sets: to say a thing twice changes nothing."""
 
     right: frozenset[str]  # classes named, present
-    wrong: frozenset[str]  # classes named, absent (or the words' own name where no one class is meant)
-    denied: frozenset[str]  # classes that are present and only denied
-    doubtful: float  # special vehicles that no detector confirms, half an error each
-    true_denials: int  # classes that are only denied and not present
+    wrong: frozenset[str]  # classes named, absent ("car|truck" for a word that either would satisfy)
+    denied: frozenset[str]  # classes only denied, present
+    doubtful: int  # special vehicles that no detector confirms, half an error each
+    true_denials: int  # classes only denied, not present
     recall: float  # share of the salient classes that are covered
 
     @property
@@ -129,96 +198,71 @@ class Facts:
         """1 where nothing is claimed."""
         return len(self.right) / (len(self.right) + self.errors) if self.errors else 1.0
 
+    @property
+    def grounding(self):
+        """In [0, 1]: style pays in so far as the caption is true and complete."""
+        return self.precision * (0.3 + 0.7 * self.recall)
 
-def _check_claims(claims, evidence):
-    named, denied, groups, wrong, doubtful = set(), set(), [], set(), set()
+
+def _verdict(claim, evidence):
+    """ "supported", "unsupported", "unknown" or "negated" for one claim alone."""
+    if claim.negated:
+        return "negated"
+    if not evidence.present.isdisjoint(claim.classes):
+        return "supported"
+    return "unsupported" if evidence.unknown.isdisjoint(claim.classes) else "unknown"
+
+
+def check_claims(claims, evidence):
+    """Facts of a caption's claims.
+
+    A class that is named as there anywhere is not denied. "Vehicle" and "van" are wrong if none of their classes is
+    there; if none of them is named otherwise they cover the first salient one by half.
+    """
+    named, denied, wrong, doubtful, groups = set(), set(), set(), set(), []
     for claim in claims:
         verdict = _verdict(claim, evidence)
         if claim.kind == "object":
             (denied if claim.negated else named).update(claim.classes)
-        elif verdict == "unsupported":
-            wrong.add(claim.classes[0] if claim.kind == "unverifiable" else "|".join(claim.classes))
-        elif verdict == "supported" and claim.kind == "unverifiable":
-            doubtful.add(claim.classes)
-        elif verdict == "supported" or claim.negated:
+        elif claim.negated or claim.kind == "any" and verdict == "supported":
             groups.append(claim)
-    right = named & evidence.present
-    wrong |= named - evidence.present - evidence.unknown
-    denied -= named
-    for claim in groups:  # "no vehicles are visible" is false where one is there and none is named
-        if claim.negated and set(claim.classes) & evidence.present and not set(claim.classes) & named:
-            denied.add(next(name for name in claim.classes if name in evidence.present))
-    covered = dict.fromkeys(right & evidence.salient, 1.0)
+        elif verdict == "unsupported":
+            wrong.add("|".join(claim.classes))
+        elif verdict == "supported":
+            doubtful.add(claim.classes)
+    covered = dict.fromkeys(named & evidence.salient, 1.0)
     for claim in groups:
-        open_classes = [name for name in claim.classes if name in evidence.salient and name not in covered]
-        if not claim.negated and open_classes and not any(covered.get(name) == 0.5 for name in claim.classes):
-            covered[open_classes[0]] = 0.5
-    recall = sum(covered.values()) / len(evidence.salient) if evidence.salient else 1.0
-    return Facts(frozenset(right), frozenset(wrong), frozenset(denied & evidence.present), len(doubtful),
-                 len(denied - evidence.present), recall)
+        if named.isdisjoint(claim.classes):
+            there = [name for name in claim.classes if name in evidence.present]
+            if claim.negated:
+                denied.update(there[:1])
+            elif claim.classes and covered.keys().isdisjoint(claim.classes):
+                covered.update({name: 0.5 for name in claim.classes if name in evidence.salient and name in there[:1]})
+    denied -= named
+    return Facts(
+        right=frozenset(named & evidence.present),
+        wrong=frozenset(wrong | named - evidence.present - evidence.unknown),
+        denied=frozenset(denied & evidence.present),
+        doubtful=len(doubtful),
+        true_denials=len(denied - evidence.present),
+        recall=sum(covered.values()) / len(evidence.salient) if evidence.salient else 1.0,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clauses
-
-
-@dataclass
-class Clause:
-    """A stretch of words [first, stop) between commas, stops and clause words."""
-
-    first: int
-    stop: int
-    sentence: int
-    claims: list
-    ego: bool
-    truth: str = ""  # "object": something checked is said; "ego": the camera's own motion; "false"; "": nothing
-
-
-CLAUSE_WORDS = frozenset(
-    "while as when then before after until because but where whereas although though once since so followed".split()
-)
-PRONOUN_STARTS = frozenset("it they he she this both these".split())
-
-
-def _split_clauses(reading):
-    skipped = set()
-    for i in range(len(reading.words)):
-        length, pays = match_phrase(CONNECTIVE_INDEX, reading, i)
-        if length and not pays:
-            skipped.update(range(i, i + length))
-    starts = [
-        i for i, word in enumerate(reading.words)
-        if i == 0 or reading.breaks[i] >= COMMA or word in CLAUSE_WORDS and i not in skipped
-    ]
-    clauses, sentence = [], 0
-    by_word = {}
-    for claim in reading.claims:
-        by_word.setdefault(claim.first, []).append(claim)
-    for first, stop in zip(starts, [*starts[1:], len(reading.words)], strict=True):
-        sentence += first > 0 and reading.breaks[first] == STOP
-        claims = [claim for i in range(first, stop) for claim in by_word.get(i, ())]
-        clauses.append(Clause(first, stop, sentence, claims, "ego" in reading.roles[first:stop]))
-    return clauses
-
-
-def _judge_clauses(reading, clauses, facts, evidence, commands):
-    """Sets the truth of each clause. One without objects goes on with the clause before it in its sentence ("slows,
-    then stops") or, after "it" or "they", in the text. commands: a bare verb is an order to the driver (Copilot)."""
+def judge_clauses(caption, facts, evidence, mode):
+    """Sets the truth of each clause. One that names nothing goes on with the clause before it in its sentence ("slows,
+    then stops") or, after "it" or "they", in the text; in Copilot mode a bare verb is an order to the driver."""
     before, sentence = "", -1
-    for clause in clauses:
-        verdicts = {
-            "false" if claim.negated and facts.denied & set(claim.classes) else _verdict(claim, evidence)
-            for claim in clause.claims
-        }
-        pronoun = reading.words[clause.first] in PRONOUN_STARTS
-        inherited = before if clause.sentence == sentence or pronoun else ""
-        if verdicts & {"unsupported", "false"}:
+    for clause in caption.clauses:
+        verdicts = {_verdict(claim, evidence) for claim in clause.claims}
+        lies = any(claim.negated and not facts.denied.isdisjoint(claim.classes) for claim in clause.claims)
+        first = caption.reading.words[clause.first]
+        inherited = before if clause.sentence == sentence or first in PRONOUNS else ""
+        if lies or "unsupported" in verdicts:
             clause.truth = "false"
         elif "supported" in verdicts:
             clause.truth = "object"
-        elif clause.ego:
-            clause.truth = "ego"
-        elif commands and not clause.claims and reading.words[clause.first] in VERB_OF and inherited in ("", "object"):
+        elif clause.ego or mode == "copilot" and not clause.claims and inherited != "false" and first in VERB_OF:
             clause.truth = "ego"
         else:
             clause.truth = inherited
@@ -239,120 +283,146 @@ def _window(words, edges):
     return min(_ramp(words, edges[0], edges[1]), 1.0 - _ramp(words, edges[2], edges[3]))
 
 
-def _sentence_grammar(reading):
+AFTER_ARTICLE = frozenset("few other another single each several while".split())  # function words that may follow "a"
+
+
+def _sentence_grammar(caption):
     """1 for running English, 0 for a list of words: the share of function words, and articles that lead nowhere."""
-    words = reading.words
-    share = sum(word in FUNCTION_WORDS and word not in CONNECTIVE_INDEX for word in words) / len(words)
+    words, breaks = caption.reading.words, caption.reading.breaks
+    share = sum(word in FUNCTION_WORDS and word not in CONNECTIVE_WORDS for word in words) / len(words)
     lost = sum(
-        a in ARTICLES and (b in FUNCTION_WORDS and b not in ("few", "other", "another", "single", "each", "several")
-                           and not (a == "a" and b in ("while", "few")) or reading.breaks[i + 1] == STOP)
-        for i, (a, b) in enumerate(zip(words, words[1:], strict=False))
+        words[i] in ARTICLES and (breaks[i + 1] == STOP or words[i + 1] in FUNCTION_WORDS - AFTER_ARTICLE)
+        for i in range(len(words) - 1)
     )
     return _ramp(share, 0.12, 0.25) * (1.0 - _ramp(lost / len(words), 0.02, 0.08))
 
 
-def _telegram_grammar(reading, clauses):
+def _telegram_grammar(caption):
     """1 for telegraphic clauses ("car ahead brakes"), 0 for bare nouns and word salad: the share of words in clauses
-    that say something of a thing."""
-    good, orders = 0, 0
-    for clause in clauses:
-        words = reading.words[clause.first:clause.stop]
-        things = [i for i in range(clause.first, clause.stop) if reading.roles[i]]
-        said = [w for i, w in enumerate(words, clause.first)
-                if not reading.roles[i] and (w in VERB_OF or w in ATTRIBUTE_OF or w in FUNCTION_WORDS)]
-        functions = sum(word in FUNCTION_WORDS for word in words)
-        if len(words) > 8 and functions < 0.12 * len(words):
+    that say something of a thing. Two bare orders ("slow down") and scene facts ("night") may stand beside them."""
+    words, roles = caption.reading.words, caption.reading.roles
+    good, orders = 0.0, 0
+    for clause in caption.clauses:
+        span = range(clause.first, clause.stop)
+        functions = sum(words[i] in FUNCTION_WORDS for i in span)
+        if len(span) > 8 and functions < 0.12 * len(span):
             continue
-        scene = any(match_phrase(SCENE_INDEX, reading, i)[0] for i in range(clause.first, clause.stop))
-        adjacent = sum(b.first == a.last + 1 for a, b in zip(clause.claims, clause.claims[1:], strict=False))
-        if things and said and adjacent == 0 or scene and len(words) > 1 and not things:
-            good += len(words)
-        elif not things and len(words) <= 4 and any(word in VERB_OF for word in words) and orders < 2:
-            good, orders = good + len(words), orders + 1
-        elif scene and not things:
-            good += 0.5 * len(words)
-    return _ramp(good / len(reading.words), 0.35, 0.7)
+        thing = any(roles[i] for i in span)
+        scene = any(caption.scenes[i] for i in span)
+        said = clause.verbs or any(caption.attributes[i] or words[i] in FUNCTION_WORDS and not roles[i] for i in span)
+        touching = any(b.first == a.last + 1 for a, b in zip(clause.claims, clause.claims[1:], strict=False))
+        if thing and said and not touching or scene and not thing and len(span) > 1:
+            good += len(span)
+        elif clause.verbs and not thing and len(span) <= 4 and orders < 2:
+            good, orders = good + len(span), orders + 1
+        elif scene and not thing:
+            good += 0.5
+    return _ramp(good / len(words), 0.35, 0.7)
 
 
-def _repetition(words):
-    """1 while at least 80% of the three-word runs are distinct, 0 at 40%."""
-    runs = list(zip(words, words[1:], words[2:], strict=False))
-    return _ramp(len(set(runs)) / len(runs), 0.4, 0.8) if runs else 1.0
+def _variety(caption):
+    """1 while at least 65% of the runs of three words within sentences are distinct, 0 at 30%."""
+    words = caption.reading.words
+    runs = []
+    for clauses in _sentences(caption):
+        first, stop = clauses[0].first, clauses[-1].stop
+        runs += zip(words[first:stop], words[first + 1:stop], words[first + 2:stop], strict=False)
+    return _ramp(len(set(runs)) / len(runs), 0.3, 0.65) if runs else 1.0
 
 
-def _stuffed_share(reading, sentences_expected):
-    """Share of the words that stand in piles: adjective after adjective, verb after verb, single words between commas,
-    and (where sentences are expected) ten words in a row without a function word."""
-    words, stuffed, n = reading.words, set(), len(reading.words)
+def _piles(words, breaks, members, least):
+    """Indices of words in runs of at least `least` members within a sentence; "and" may stand between members."""
+    found, run = set(), []
+    for i in (i for i, member in enumerate(members) if member):
+        joined = run and (i == run[-1] + 1 or i == run[-1] + 2 and words[i - 1] == "and")
+        if not joined or STOP in breaks[run[-1] + 1:i + 1]:
+            run = []
+        run.append(i)
+        if len(run) >= least:
+            found.update(run)
+    return found
 
-    def pile(member, least):
-        i = 0
-        while i < n:
-            j = i
-            while j < n and (member(j) or j > i and words[j] == "and" and j + 1 < n and member(j + 1)):
-                j += 1
-            if j - i >= least:
-                stuffed.update(range(i, j))
-            i = max(j, i + 1)
 
-    pile(lambda i: ATTRIBUTE_OF.get(words[i]) in ("colour", "size", "state") and not reading.roles[i], 4)
-    pile(lambda i: words[i] in VERB_OF and not reading.roles[i] and words[i] not in ATTRIBUTE_OF, 3)
-    pile(lambda i: words[i] in CONNECTIVE_INDEX and not reading.roles[i], 3)
+PLAIN_COLOURS = frozenset("red blue green white black yellow orange brown purple pink".split())
+LOOKS = ("colour", "size", "state")
+INFLECTED = ("s", "ed", "ing", "ly")  # of eight words of English in a row, at least two end so
 
-    def alone(i):
-        return not reading.roles[i] and (i == 0 or reading.breaks[i] >= COMMA) and (
-            i + 1 == n or reading.breaks[i + 1] >= COMMA)
 
-    pile(alone, 3)
-    if sentences_expected:
-        pile(lambda i: words[i] not in FUNCTION_WORDS, 10)
+def _stuffed_share(caption, mode):
+    """Share of the words that stand in piles: adjectives, verbs, connectives, single words between commas; and in
+    Microscope mode runs of bare adjectives and sentences without a function word."""
+    words, breaks, roles = caption.reading.words, caption.reading.breaks, caption.reading.roles
+    n, microscope = len(words), mode == "microscope"
+
+    ends = [*(b >= COMMA for b in breaks[1:]), True]
+    alone = [last and (i == 0 or ends[i - 1]) and not roles[i] for i, last in enumerate(ends)]
+    looks = [attribute in LOOKS for attribute in caption.attributes]
+    moves = [verb and not look for verb, look in zip(caption.verbs, looks, strict=True)]
+    links = [word in CONNECTIVE_WORDS and not role for word, role in zip(words, roles, strict=True)]
+    stuffed = _piles(words, breaks, looks, 4) | _piles(words, breaks, moves, 3) | _piles(words, breaks, links, 3)
+    stuffed |= _piles(words, breaks, alone, 3 if microscope else 4)
+    stuffed |= {j for i in range(n - 1) if words[i] in PLAIN_COLOURS and words[i + 1] in PLAIN_COLOURS
+                and breaks[i + 1] < COMMA for j in (i, i + 1)}
+    if not microscope:
+        return len(stuffed) / n
+    for clauses in _sentences(caption):
+        content = []
+        for i in range(clauses[0].first, clauses[-1].stop + 1):
+            if i < clauses[-1].stop and words[i] not in FUNCTION_WORDS:
+                content.append(i)
+                if len(content) >= 8 and sum(words[j].endswith(INFLECTED) for j in content[-8:]) < 2:
+                    stuffed.update(content[-8:])
+                if len(content) >= 6 and sum(looks[j] for j in content[-6:]) > 2:
+                    stuffed.update(content[-6:])
+            else:
+                whole = len(content) == clauses[-1].stop - clauses[0].first
+                stuffed.update(content if whole and len(content) > 2 else ())
+                content = []
     return len(stuffed) / n
 
 
-def _says_something_new(reading, clauses):
-    """Share of the words that stand in sentences which say something that was not said before."""
-    known, useful, words = set(), 0, 0
-    sentence_facts, length, current = set(), 0, 0
-    for clause in [*clauses, None]:
-        if clause is None or clause.sentence != current:
-            useful += length if sentence_facts - known else 0
-            words, known = words + length, known | sentence_facts
-            sentence_facts, length = set(), 0
-            if clause is None:
-                break
-            current = clause.sentence
-        span = range(clause.first, clause.stop)
-        length += len(span)
-        who = {claim.classes for claim in clause.claims} or ({("ego",)} if clause.ego else set())
-        sentence_facts |= {(name, "is") for name in who if name != ("ego",)}
-        sentence_facts |= {(name, reading.words[i]) for name in who for i in span
-                           if reading.words[i] in ATTRIBUTE_OF or reading.words[i] in VERB_OF}
-        sentence_facts |= {match_phrase(SCENE_INDEX, reading, i)[1] for i in span} - {None}
-        if not who and clause.truth == "ego":
-            sentence_facts |= {("ego", reading.words[i]) for i in span if reading.words[i] in VERB_OF}
-    return useful / words
+def _new_share(caption):
+    """Share of the words that stand in sentences which say something that no other sentence says.
+
+    Sentences are taken from the one that says most, so their order in the text does not matter.
+    """
+    words, told = caption.reading.words, []
+    for clauses in _sentences(caption):
+        facts, who = set(), set()
+        for clause in clauses:
+            span = range(clause.first, clause.stop)
+            who = {claim.classes for claim in clause.claims} or ({("ego",)} if clause.ego else who)
+            facts |= {(name, "is") for name in who if name != ("ego",)}
+            facts |= {(name, words[i]) for name in who for i in span if caption.attributes[i] or caption.verbs[i]}
+            facts |= {caption.scenes[i] for i in span} - {None}
+            if clause.truth == "ego" and not who:
+                facts |= {("ego", verb) for verb in clause.verbs}
+        told.append((facts, clauses[-1].stop - clauses[0].first))
+    known, useful = set(), 0
+    for facts, length in sorted(told, key=lambda item: (-len(item[0]), item[1], sorted(map(str, item[0])))):
+        if not facts <= known:
+            useful += length
+        known |= facts
+    return useful / len(words)
 
 
-def _gate(reading, clauses, facts, settings, mode):
-    """In [0, 1], 1 for an honest caption: language x no repetition x no filler x no piles x no lists of denials."""
-    telegram = _telegram_grammar(reading, clauses)
+def caption_gate(caption, facts, mode):
+    """In [0, 1] and 1 for an honest caption: language x variety x focus x no piles x no list of denials."""
+    language = _telegram_grammar(caption)
     if mode == "microscope":
-        language = max(_sentence_grammar(reading), 0.5 * telegram)
-    else:
-        language = telegram
-    repetition = 0.3 + 0.7 * _repetition(reading.words)
-    filler = 1.0 - _says_something_new(reading, clauses)
-    focus = 1.0 - 0.8 * _ramp(filler, settings.free_filler, 0.9)
-    piles = 1.0 - min(0.8, 2.0 * _stuffed_share(reading, mode == "microscope"))
+        language = max(_sentence_grammar(caption), 0.5 * language)
+    variety = 0.3 + 0.7 * _variety(caption)
+    focus = 1.0 - 0.8 * _ramp(1.0 - _new_share(caption), MODES[mode].free_filler, 0.9)
+    piles = 1.0 - min(0.8, 2.0 * _stuffed_share(caption, mode))
     denials = 1.0 - min(0.5, 0.04 * max(0, facts.true_denials - 3))
-    return language * repetition * focus * piles * denials
+    return language * variety * focus * piles * denials
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The four parts
+# The four parts, before the gate
 
 
-def _objects(facts, evidence):
+def objects_part(facts, evidence):
     """R_obj = F1 of the set of named classes: precision over known classes, recall over salient ones.
 
     A false denial counts as a false claim, so it is worse than silence. Source: CHAIR's object sets, AMBER's coverage.
@@ -363,77 +433,64 @@ def _objects(facts, evidence):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _hallucination(facts, evidence):
-    """R_hall = 1 - errors / claims; times 0.3 if an error is about a safety-critical class.
+def hallucination_part(facts, evidence):
+    """R_hall = 1 - errors / claims, times 0.3 if an error is about a safety-critical class.
 
     errors: absent classes named + present classes denied + half a special vehicle that no detector confirms. Nothing
     claimed: 0.5, for it is no error and no help (1 if there is nothing to name). Source: CHAIR_i on sets.
     """
     claims = len(facts.right) + facts.errors
     if not claims:
-        return 1.0 if not evidence.salient else 0.5
+        return 0.5 if evidence.salient else 1.0
     share = 1.0 - facts.errors / claims
     names = {name for wrong in facts.wrong | facts.denied for name in wrong.split("|")}
-    return 0.3 * share if names & SAFETY_CRITICAL else share
+    return share if names.isdisjoint(SAFETY_CRITICAL) else 0.3 * share
 
 
-def _temporal(reading, clauses, facts, evidence, settings, mode):
-    """R_temp = grounding x order x mean of (verbs / target, connectives / target), each at most 1.
+def temporal_part(caption, facts, evidence, mode):
+    """R_temp = grounding x window x order x mean of (verbs / target, connectives / target), each at most 1.
 
     Only distinct verbs of motion in clauses that say something true count, two a clause at most, and of the camera's
     own motion no more than half the target; connectives beside such clauses, two a sentence at most. In Copilot mode
     each further true clause with a verb counts as a connective: a telegram needs none.
     """
+    settings = MODES[mode]
     verbs, ego_verbs, connectives, steps = set(), set(), set(), 0
-    in_sentence = {}
-    for number, clause in enumerate(clauses):
-        after = clauses[number + 1] if number + 1 < len(clauses) else None
-        carrier = clause if clause.claims or clause.ego or after is None or after.sentence != clause.sentence else after
-        if carrier.truth in ("object", "ego"):
+    for clauses in _sentences(caption):
+        linked = 0
+        for clause, after in zip(clauses, [*clauses[1:], clauses[-1]], strict=True):
+            told = after if not clause.claims and not clause.ego else clause  # "Then, ..." belongs to what follows
             for i in range(clause.first, clause.stop):
-                length, pays = match_phrase(CONNECTIVE_INDEX, reading, i)
-                phrase = " ".join(reading.words[i:i + length])
-                if pays and phrase not in connectives and in_sentence.get(clause.sentence, 0) < 2:
-                    connectives.add(phrase)
-                    in_sentence[clause.sentence] = in_sentence.get(clause.sentence, 0) + 1
-        said = dict.fromkeys(
-            VERB_OF[reading.words[i]] for i in range(clause.first, clause.stop)
-            if reading.words[i] in VERB_OF and not reading.roles[i]
-        )
-        if clause.truth in ("object", "ego"):
-            (verbs if clause.truth == "object" else ego_verbs).update(list(said)[:2])
-            steps += bool(said)
+                link = caption.connectives[i]
+                if link and link not in connectives and linked < 2 and told.truth in ("object", "ego"):
+                    connectives.add(link)
+                    linked += 1
+            if clause.truth in ("object", "ego"):
+                said = list(dict.fromkeys(clause.verbs))[:2]
+                (verbs if clause.truth == "object" else ego_verbs).update(said)
+                steps += bool(said)
     moves = len(verbs) + min(len(ego_verbs - verbs), settings.verbs / 2)
     links = max(len(connectives), steps - 1) if mode == "copilot" else len(connectives)
     pace = 0.5 * min(1.0, moves / settings.verbs) + 0.5 * min(1.0, links / settings.connectives)
-    return pace * _order(reading, clauses, evidence) * _grounding(facts)
+    window = _window(len(caption.reading.words), settings.window)
+    return facts.grounding * window * told_in_order(caption, evidence) * pace
 
 
-ORDER_MARGIN = 0.1  # of the clip: nearer appearances count as together
+ORDER_MARGIN = 0.1  # of the clip: appearances that are nearer count as together
 TOGETHER = frozenset("while as when where whereas because since so although though but".split())
 
 
-def _order(reading, clauses, evidence):
-    """In [0.4, 1]: 1 - 0.6 x the share of pairs of classes introduced against the order in which they came into view.
+def told_in_order(caption, evidence):
+    """In [0.4, 1]: 1 - 0.6 x the share of pairs of classes that are introduced against the order of the clip.
 
-    Classes introduced in one clause, or in clauses joined by "while", "as", "when" .., are not ordered; "after" and
-    "before" turn the order of their clauses round. 1 without times or without pairs that differ by a tenth of the clip.
+    A pair counts if both classes are present and came into view at times that differ by more than ORDER_MARGIN.
+    Classes in one clause, or in clauses joined by "while", "as", "when" .., are told together; "after" and a first
+    "before" turn the order of their clauses round. 1 without times or without pairs.
     """
     if not evidence.seen:
         return 1.0
-    steps, sentence = [], -1  # groups of clauses in the order of the told events
-    for clause in clauses:
-        word = reading.words[clause.first]
-        names = [n for claim in clause.claims if not claim.negated and names_object(claim) for n in claim.classes]
-        if clause.sentence == sentence and (word in TOGETHER or not names) and steps:
-            steps[-1] += names
-        elif clause.sentence == sentence and word == "after":
-            steps.insert(len(steps) - 1, names)
-        else:
-            steps.append(names)
-        sentence = clause.sentence
     rank = {}
-    for number, names in enumerate(steps):
+    for number, names in enumerate(_told_steps(caption)):
         for name in names:
             if name in evidence.present and name in evidence.seen:
                 rank.setdefault(name, number)
@@ -443,53 +500,76 @@ def _order(reading, clauses, evidence):
             if rank[a] < rank[b]:
                 gap = evidence.seen[b][0] - evidence.seen[a][0]
                 agree, against = agree + (gap > ORDER_MARGIN), against + (gap < -ORDER_MARGIN)
-    return 1.0 - 0.6 * against / (agree + against) if agree + against else 1.0
+    return 1.0 - 0.6 * against / (agree + against) if against else 1.0
 
 
-def _detail(reading, clauses, facts, evidence, settings, reference):
-    """R_detail = grounding x length window x ((1 - w) described + w scene).
+def _told_steps(caption):
+    """The classes named as there, in groups, in the order in which the text says that they come."""
+    steps = []
+    for clauses in _sentences(caption):
+        told, waiting, first_is_later = [], [], False
+        for clause in clauses:
+            word = caption.reading.words[clause.first]
+            names = [name for claim in clause.claims if not claim.negated and names_object(claim)
+                     for name in claim.classes]
+            predicate = clause.verbs or any(
+                caption.reading.words[i] in AUXILIARIES for i in range(clause.first, clause.stop))
+            if not predicate:  # an item of a list, or "at the traffic light,": told with what comes next
+                waiting += names
+            elif told and word in TOGETHER:
+                told[-1] += waiting + names
+                waiting = []
+            elif told and (word == "after" or first_is_later):
+                told.insert(len(told) - 1, waiting + names)
+                waiting, first_is_later = [], False
+            else:
+                first_is_later = not told and word == "before"
+                told.append(waiting + names)
+                waiting = []
+        if told and waiting:
+            told[-1] += waiting
+        steps += told or [waiting]
+    return steps
 
-    described: mean over the salient classes of how much is said of each (kinds of attribute beside a true mention).
-    scene: kinds of scene fact / target; a kind told in two ways (day and night) pays nothing; with a reference caption
-    a fact pays only if the reference tells it too.
+
+def detail_part(caption, facts, evidence, mode, reference):
+    """R_detail = grounding x window x ((1 - w) described + w scene).
+
+    described: mean over the salient classes of the pay for the kinds of attribute (colour, size, state, position,
+    number) said of each beside a true mention. scene: kinds of scene fact / target, at most 1; a kind told in two ways
+    (day and night) pays nothing; with a reference caption a fact pays only if the reference tells it too.
     """
+    settings = MODES[mode]
     kinds = {}
-    for clause in clauses:
-        named = [c for c in clause.claims if c.kind == "object" and not c.negated and set(c.classes) & facts.right]
+    for clause in caption.clauses:
+        named = [c for c in clause.claims if c.kind == "object" and not c.negated]
         if clause.truth != "object" or not named:
             continue
         for i in range(clause.first, clause.stop):
-            if reading.words[i] in ATTRIBUTE_OF and not reading.roles[i]:
-                near = min(named, key=lambda c: min(abs(c.first - i), abs(c.last - i)) + 0.5 * (i > c.last))
-                for name in near.classes:
-                    kinds.setdefault(name, set()).add(ATTRIBUTE_OF[reading.words[i]])
+            if caption.attributes[i]:
+                nearest = min(named, key=lambda c: c.first - i if c.first > i else i - c.last + 0.5)
+                for name in nearest.classes:
+                    kinds.setdefault(name, set()).add(caption.attributes[i])
     wanted = evidence.salient or facts.right
     pay = settings.attributes
-    described = sum(pay[min(len(kinds.get(name, ())), len(pay) - 1)] for name in wanted) / len(wanted) if wanted else 1.0
-    scene = _scene_facts(reading)
+    described = [pay[min(len(kinds.get(name, ())), len(pay) - 1)] for name in wanted]
+    scene = scene_facts(caption)
     if reference is not None:
-        told = _scene_facts(read_text(reference))
+        told = scene_facts(read_caption(reference))
         scene = {kind: values & told.get(kind, set()) for kind, values in scene.items()}
-    count = sum(bool(values) and not (kind in EXCLUSIVE and len(values) > 1) for kind, values in scene.items())
-    part = min(1.0, count / settings.scene_facts)
-    weight = settings.scene_weight
-    window = _window(len(reading.words), settings.window)
-    return ((1 - weight) * described + weight * part) * window * _grounding(facts)
+    count = sum(len(values) == 1 or len(values) > 1 and kind not in EXCLUSIVE for kind, values in scene.items())
+    part = (1 - settings.scene_weight) * (sum(described) / len(described) if described else 1.0)
+    part += settings.scene_weight * min(1.0, count / settings.scene_facts)
+    return facts.grounding * _window(len(caption.reading.words), settings.window) * part
 
 
-def _scene_facts(reading):
-    """kind of scene fact -> values told, with denied ones ("no rain") left out."""
+def scene_facts(caption):
+    """kind of scene fact -> set of the values told."""
     facts = {}
-    for i in range(len(reading.words)):
-        found = match_phrase(SCENE_INDEX, reading, i)[1]
-        if found and (i == 0 or reading.words[i - 1] not in ("no", "not", "without")):
-            facts.setdefault(found[0], set()).add(found[1])
+    for fact in caption.scenes:
+        if fact:
+            facts.setdefault(fact[0], set()).add(fact[1])
     return facts
-
-
-def _grounding(facts):
-    """In [0, 1]: precision x (0.3 + 0.7 recall). Style pays in so far as the caption is true and complete."""
-    return facts.precision * (0.3 + 0.7 * facts.recall)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,19 +584,17 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: the modes are {', '.join(map(repr, MODES))}")
-    settings = MODES[mode]
-    reading = read_text(caption)
-    if not reading.words:
+    caption = read_caption(caption)
+    if not caption.clauses:
         return Reward(0.0, 0.0, 0.0, 0.0, 0.0)
-    facts = _check_claims(reading.claims, evidence)
-    clauses = _split_clauses(reading)
-    _judge_clauses(reading, clauses, facts, evidence, commands=mode == "copilot")
-    gate = _gate(reading, clauses, facts, settings, mode)
+    facts = check_claims(caption.reading.claims, evidence)
+    judge_clauses(caption, facts, evidence, mode)
+    gate = caption_gate(caption, facts, mode)
     parts = {
-        "objects": gate * _objects(facts, evidence),
-        "temporal": gate * _temporal(reading, clauses, facts, evidence, settings, mode),
-        "detail": gate * _detail(reading, clauses, facts, evidence, settings, reference),
-        "hallucination": gate * _hallucination(facts, evidence),
+        "objects": gate * objects_part(facts, evidence),
+        "temporal": gate * temporal_part(caption, facts, evidence, mode),
+        "detail": gate * detail_part(caption, facts, evidence, mode, reference),
+        "hallucination": gate * hallucination_part(facts, evidence),
     }
     return Reward(**parts, total=sum(WEIGHTS[name] * value for name, value in parts.items()))
 
@@ -529,14 +607,13 @@ def judge_mentions(text, evidence):
     ("van") appears with its classes joined by "|" as the mention's object.
     """
     reading = read_text(text)
-    facts = _check_claims(reading.claims, evidence)
+    facts = check_claims(reading.claims, evidence)
     judged = []
     for claim in reading.claims:
-        names = claim.classes if names_object(claim) else ("|".join(claim.classes),)
-        for name in names:
-            verdict = _verdict(claim._replace(classes=tuple(name.split("|"))), evidence)
-            if claim.negated and facts.denied & set(name.split("|")):
+        for classes in [(name,) for name in claim.classes] if names_object(claim) else [claim.classes]:
+            verdict = _verdict(claim._replace(classes=classes), evidence)
+            if claim.negated and not facts.denied.isdisjoint(classes):
                 verdict = "unsupported"
-            mention = Mention(name, claim.negated, reading.starts[claim.first], reading.ends[claim.last])
-            judged.append((mention, verdict))
+            span = reading.starts[claim.first], reading.ends[claim.last]
+            judged.append((Mention("|".join(classes), claim.negated, *span), verdict))
     return judged

@@ -43,8 +43,8 @@ SYNONYMS = {
     "bicycle": ("bike", "cycle", "mountain bike", "road bike", "pushbike", "e bike", "ebike"),
     "car": (
         "sedan", "suv", "hatchback", "coupe", "convertible", "station wagon", "crossover", "limousine", "automobile",
-        "taxi", "taxicab", "cab", "jeep", "sports car", "police car", "patrol car", "squad car", "police cruiser",
-        "passenger car", "sport utility vehicle", "compact car",
+        "taxi", "taxicab", "taxi cab", "cab", "jeep", "sports car", "police car", "patrol car", "squad car",
+        "police cruiser", "passenger car", "sport utility vehicle", "compact car",
     ),
     "motorcycle": ("motorbike", "moped", "motor scooter", "motor bike", "dirt bike"),
     "airplane": ("plane", "aeroplane", "aircraft"),
@@ -73,7 +73,6 @@ SYNONYMS = {
     "sheep": ("lamb",),
     "backpack": ("rucksack",),
     "handbag": ("purse",),
-    "suitcase": ("luggage",),
     "sports ball": ("ball", "soccer ball", "basketball"),
     "tv": ("television",),
     "couch": ("sofa",),
@@ -103,8 +102,9 @@ ANY_OF = {
     "pickup": ("truck", "car"), "pickup truck": ("truck", "car"), "pick up truck": ("truck", "car"),
     "motorhome": ("truck", "bus", "car"), "motor home": ("truck", "bus", "car"), "rv": ("truck", "bus", "car"),
     "shuttle": ("bus", "car", "truck"), "camper": ("truck", "car", "bus"),
-    "tram": ("train", "bus"), "streetcar": ("train", "bus"), "trolley": ("bus", "train"), "light rail": ("train", "bus"),
-    "trolleybus": ("bus", "train"), "light rail train": ("train", "bus"), "light rail vehicle": ("train", "bus"),
+    "tram": ("train", "bus"), "streetcar": ("train", "bus"), "trolley": ("bus", "train"),
+    "light rail": ("train", "bus"), "trolleybus": ("bus", "train"),
+    "light rail train": ("train", "bus"), "light rail vehicle": ("train", "bus"),
     "scooter": ("motorcycle", "bicycle"), "biker": ("motorcycle", "bicycle"), "rider": ("motorcycle", "bicycle"),
     "two wheeler": ("motorcycle", "bicycle"),
 }
@@ -123,7 +123,7 @@ IRREGULAR_PLURALS = {
     "person": ("people", "persons"), "people": (), "man": ("men",), "woman": ("women",), "child": ("children",),
     "schoolchild": ("schoolchildren",), "policeman": ("policemen",), "policewoman": ("policewomen",),
     "gentleman": ("gentlemen",), "passerby": ("passersby", "passerbys"), "aircraft": (), "cattle": (), "sheep": (),
-    "luggage": (), "skis": (), "scissors": (), "broccoli": (), "mouse": ("mice",), "knife": ("knives",),
+    "skis": (), "scissors": (), "broccoli": (), "mouse": ("mice",), "knife": ("knives",),
     "somebody": (), "someone": (), "no one": (), "nobody": (), "anyone": (), "bus": ("buses", "busses"),
     "bicycle": ("bicycles",), "light rail": (),
 }
@@ -132,65 +132,47 @@ IRREGULAR_PLURALS = {
 # the road"): a mention only as a plain noun, after a determiner and before a function word or a stop.
 GUARDED = frozenset({
     "orange", "bear", "tie", "remote", "sink", "bed", "book", "mouse", "fork", "cycle", "adult", "clock", "table",
-    "individual", "human", "student", "ball", "kite", "cake", "bat", "apple", "tanker", "cab", "bull", "semi", "tv",
+    "individual", "human", "student", "ball", "kite", "cake", "apple", "tanker", "cab", "bull", "semi", "tv",
 })
+GUARDED_VERBS = frozenset({"ties", "sinks", "books", "bears", "cycles", "forks"})  # no mention without a determiner
 
-# Longer phrases in which an object's name is no object. Plurals are made as for objects.
+# Nouns after an object's name that turn it into a place, a sign or an idea: "bus stop", "bicycle shop", "pedestrian
+# activity", "car dealership". "" holds for every word but traffic lights and stop signs; plurals are added.
+COMPOUND_HEADS = {
+    "": "sign symbol marking lane path pathway route trail rack station terminal shelter depot bay stop stand rank "
+        "driver shop store dealership dealer rental repair wash area zone bridge overpass underpass tunnel traffic "
+        "activity movement flow presence infrastructure safety access life viewpoint perspective interaction "
+        "interference parking service restaurant place court field booth pole toll lot symbol registration ramp",
+    "pedestrian": "crossing crosswalk walkway sidewalk signal light button island refuge mall street barrier space "
+                  "friendly stripe warning",
+    "train": "crossing track line platform rail structure",
+    "bus": "line ad stand",
+    "car": "park port pool seat horn radio stereo audio alarm mirror dashboard hood windshield window interior ride "
+           "sharing garage",
+    "vehicle": "dashboard hood windshield window interior",
+    "dog": "park", "truck": "bed", "boat": "trailer ramp", "baby": "carriage stroller seat", "child": "seat",
+    "children": "crossing", "horse": "power", "phone": "line tower number box mount holder", "clock": "tower",
+    "bottle": "neck", "cup": "holder", "flower": "bed", "table": "top", "human": "error", "apple": "store",
+}
+
+# Other phrases in which an object's name is no object. Plurals are made as for objects.
 NEUTRAL = (
-    # bus, truck, train, bicycle infrastructure
-    "bus stop", "bus lane", "bus shelter", "bus station", "bus terminal", "bus route", "bus line", "bus depot",
-    "bus bay", "bus stop sign", "bus driver", "bus only lane", "bus service",
-    "bike lane", "bicycle lane", "cycle lane", "bike path", "bicycle path", "cycle path", "bike rack", "bicycle rack",
-    "bike route", "bicycle route", "bike trail", "bike lane marking", "bicycle lane marking", "bike symbol",
-    "bicycle symbol", "bike sign", "bicycle sign", "bike share station", "cyclist lane",
-    "truck stop", "truck lane", "truck route", "truck driver", "truck rental", "truck parking",
-    "train station", "train track", "train crossing", "train bridge", "train line", "train platform", "train rail",
-    "train stop", "train tunnel",
-    # cars
-    "car park", "car wash", "car dealership", "car dealer", "car lot", "car rental", "car repair shop", "car shop",
-    "car port", "car garage", "car pool", "car pool lane", "car seat", "cable car", "car horn", "car radio",
-    "car alarm", "car mirror", "car dashboard", "car hood", "car windshield", "car window", "car interior", "car ride",
-    "car audio", "car sharing", "car stereo", "auto repair shop", "car service", "car driver",
-    "taxi stand", "taxi rank", "taxi stop", "taxi lane", "taxi driver", "taxi sign", "cab driver",
-    "vehicle registration", "vehicle traffic", "vehicle movement", "vehicle activity", "vehicle flow",
-    "vehicle interior", "vehicle dashboard", "vehicle hood", "vehicle lane",
-    # people
-    "pedestrian crossing", "pedestrian crosswalk", "pedestrian crosswalk sign", "pedestrian walkway",
-    "pedestrian bridge", "pedestrian overpass", "pedestrian underpass", "pedestrian tunnel", "pedestrian path",
-    "pedestrian pathway", "pedestrian lane", "pedestrian area", "pedestrian zone", "pedestrian street",
-    "pedestrian signal", "pedestrian light", "pedestrian traffic light", "pedestrian traffic signal",
-    "pedestrian crossing signal", "pedestrian crossing light", "pedestrian walk signal", "pedestrian signal light",
-    "pedestrian sign", "pedestrian crossing sign", "pedestrian warning sign", "pedestrian sidewalk",
-    "pedestrian traffic", "pedestrian activity", "pedestrian movement", "pedestrian flow", "pedestrian presence",
-    "pedestrian infrastructure", "pedestrian safety", "pedestrian access", "pedestrian stripe", "pedestrian marking",
-    "pedestrian island", "pedestrian interaction", "pedestrian barrier", "pedestrian route", "pedestrian ramp",
-    "pedestrian friendly", "pedestrian space", "pedestrian mall", "pedestrian refuge", "pedestrian button",
+    "people mover", "men at work", "man made", "first person", "second person", "third person", "runner up",
     "pedestrian and vehicular traffic", "pedestrian and vehicular activity", "pedestrian and vehicle traffic",
     "pedestrian or vehicular activity", "pedestrian or vehicular traffic", "pedestrian and vehicle activity",
-    "pedestrian and vehicle movement", "pedestrian or vehicle activity", "pedestrian and traffic activity",
-    "people mover", "children crossing sign", "men at work", "men at work sign", "man made", "first person",
-    "third person", "first person view", "second person", "baby seat", "child seat", "student driver", "human activity",
-    "human presence", "human movement", "human interaction", "human error", "individual vehicle", "individual car",
-    "worker sign", "school crossing", "runner up",
-    # lights and signs that are no traffic light and no stop sign
+    "pedestrian or vehicle traffic", "pedestrian or vehicle activity", "pedestrian and vehicle movement",
+    "pedestrian traffic light", "pedestrian traffic signal", "pedestrian walking sign",
+    "cable car", "bus only lane", "auto repair shop",
     "streetlight", "street light", "street lamp", "brake light", "tail light", "taillight", "headlight", "head light",
-    "turn signal", "turning signal", "signal turn", "hand signal", "signal tower", "signal box", "hazard light",
-    "indicator light", "rear light", "red tail light", "red brake light", "red rear light", "red taillight",
-    "traffic light pole", "traffic signal pole", "signal pole", "walk signal", "crossing signal", "crosswalk signal",
-    "railroad crossing signal", "railway signal", "warning light", "emergency light", "police light", "light pole",
-    "light post", "green light district", "red light camera", "red light district", "stop sign pole", "stop line",
-    "cell signal", "gps signal", "flood light", "neon light", "christmas light",
-    # animals and things by name only
-    "bird s eye view", "bird eye view", "birds eye view", "dog park", "horse power", "deer crossing", "cat s eye",
-    "hot dog stand", "zebra crossing", "zebra stripe", "zebra marking", "bear left", "bear right", "fork in the road",
-    "orange cone", "truck bed", "flower bed", "river bed", "seed bed", "book store", "book shop", "phone booth",
-    "phone pole", "phone line", "phone tower", "phone number", "phone store", "phone box", "telephone pole",
-    "phone mount", "phone holder", "mobile phone store", "cup holder", "bottle neck", "bottle shop", "pizza shop",
-    "pizza place", "pizza restaurant", "pizza parlor", "pizza sign", "donut shop", "donut store", "sandwich shop",
-    "cake shop", "clock tower", "power plant", "boat trailer", "table top", "plane of view", "image plane",
-    "baby carriage", "baby stroller", "kite flying", "cat walk", "chair lift", "couch store", "train of thought",
-    "bench mark", "mouse over", "apple store", "bowling bowl", "cattle guard", "cattle grid", "bull bar",
-    "traffic light camera", "bus ad", "bus pass",
+    "turn signal", "turning signal", "hand signal", "hazard light", "indicator light", "rear light", "warning light",
+    "red tail light", "red brake light", "red rear light", "red taillight", "walk signal", "crossing signal",
+    "crossing light", "crosswalk signal", "railroad crossing signal", "railway signal", "emergency light",
+    "police light", "light pole", "light post", "red light camera", "red light district", "stop line", "flood light",
+    "neon light", "cell signal", "gps signal",
+    "bird s eye view", "bird eye view", "birds eye view", "deer crossing", "cat s eye", "zebra crossing",
+    "zebra stripe", "zebra marking", "bear left", "bear right", "fork in the road", "hot dog stand", "river bed",
+    "flower bed", "cell phone lot", "telephone pole", "power plant", "basketball court", "portable toilet",
+    "horse drawn", "train of thought", "cattle guard", "cattle grid", "bull bar", "chair lift",
 )
 
 # The camera's own vehicle: it is not in the picture, so it is no mention; what it does may still be told.
@@ -201,16 +183,19 @@ EGO = (
     "observing car", "dashcam vehicle", "dashcam car", "dash cam vehicle", "dashcam equipped vehicle",
     "dashcam equipped car", "host vehicle", "subject vehicle", "viewer s vehicle", "viewer s car",
     "observer s vehicle", "observer s car", "driver s vehicle", "driver s car", "camera s vehicle", "pov vehicle",
-    "pov car", "viewing vehicle", "primary vehicle", "test vehicle", "camera bearing vehicle", "camera carrying vehicle",
-    "driver", "camera", "dashcam", "dash cam", "dash camera", "viewer", "observer", "we", "us",
+    "pov car", "viewing vehicle", "primary vehicle", "test vehicle", "camera bearing vehicle",
+    "camera carrying vehicle", "driver", "camera", "dashcam", "dash cam", "dash camera", "viewer", "observer",
+    "we", "us",
     "viewer s own vehicle", "observer s own vehicle", "narrator", "point of view vehicle",
 )
 # "car" and "vehicle" are the camera's own after one of these ("from inside a moving car") ...
 EGO_BEFORE = re.compile(
     r"\b(inside|within|aboard|interior of|equipped|perspective of|viewpoint of|view of someone in|vantage point of|"
     r"point of view of|mounted in|mounted on|from)"
-    r"(?: (?:a|an|the|another))?(?P<moving> (?:moving|driving|stationary|travelling|traveling|stopped|parked))?$"
+    r"(?: (?:a|an|the|another))?(?: (?P<state>moving|driving|stationary|travelling|traveling|stopped|parked))?$"
 )
+# "from the perspective of someone inside a vehicle": an eye, not a person in the picture.
+EYE_BEFORE = re.compile(r"\b(perspective|viewpoint|vantage point|point of view) of(?: (?:a|an|the))?$")
 # ... and before one of these ("the car's dashboard").
 EGO_AFTER = frozenset(
     "dashboard hood windshield windscreen interior perspective viewpoint camera dashcam cabin bonnet equipped "
@@ -321,7 +306,8 @@ CONJUNCTIONS = frozenset(
 )
 PRONOUNS = frozenset("it they he she we us them him there this these those both each you i its".split())
 FUNCTION_WORDS = (
-    DETERMINERS | PREPOSITIONS | AUXILIARIES | CONJUNCTIONS | PRONOUNS | frozenset("not also only just very too".split())
+    DETERMINERS | PREPOSITIONS | AUXILIARIES | CONJUNCTIONS | PRONOUNS
+    | frozenset("not also only just very too".split())
 )
 BE = frozenset("is are was were be been being remain remains remained isn't aren't wasn't weren't".split())
 
@@ -348,13 +334,14 @@ ABSTRACT = frozenset(  # "no movement from the cars": the cars are there
 CARRIERS = frozenset(  # "no sign of pedestrians": the pedestrians are not there
     "sign signs presence evidence trace traces visible indication sight view number lack glimpse hint".split()
 )
+POST_NEGATORS = BE | {"can", "cannot", "can't", "could", "couldn't"}
 UNSEEN = frozenset("visible present seen detected observed there found evident noticeable apparent shown depicted "
                    "sighted discernible".split())
 EXCEPTIONS = ("other than", "besides", "apart from", "aside from", "except", "except for", "but")
 COLOURS_OF_LIGHT = frozenset("red green yellow amber".split())
 CHANGING = frozenset(
-    "turn turns turned turning change changes changed changing switch switches switched switching go goes went going is "
-    "was becomes became stays stayed remains remained shows showing showed still to just now".split()
+    "turn turns turned turning change changes changed changing switch switches switched switching go goes went going "
+    "is was becomes became stays stayed remains remained shows showing showed still to just now ahead then soon".split()
 )
 
 
@@ -422,12 +409,20 @@ def _by_first_word(entries):
 
 
 LEXICON = _build_lexicon()
+SINGULAR = frozenset(
+    phrase.split()[-1] for table in (COCO_NAMES, *SYNONYMS.values(), SEVERAL, ANY_OF, UNVERIFIABLE) for phrase in table
+) - {"people", "skis", "scissors", "cattle"}
+GUARDED_FORMS = frozenset(form for word in GUARDED for form in plurals(word))
+HEADS = {word: frozenset(form for noun in nouns.split() for form in plurals(noun))
+         for word, nouns in COMPOUND_HEADS.items()}
+CROSSING_WAYS = frozenset("the this from over safely slowly quickly hurriedly our his her their".split())
 VERB_OF = {form: base for base in DYNAMIC_VERBS for form in verb_forms(base)}
 ATTRIBUTE_OF = {word: name for name, words in ATTRIBUTES.items() for word in words.split()}
 SCENE_INDEX = _by_first_word({
     phrase: (category, value) for category, values in SCENE.items() for value, phrases in values.items()
     for phrase in phrases
 })
+CONNECTIVE_WORDS = frozenset(phrase for phrase in CONNECTIVES if " " not in phrase)
 CONNECTIVE_INDEX = _by_first_word(dict.fromkeys(CONNECTIVES, True) | dict.fromkeys(NO_CONNECTIVE, False))
 NEGATOR_INDEX = _by_first_word(
     dict.fromkeys((*NEGATORS, *NEGATOR_PHRASES), "negates") | dict.fromkeys(PSEUDO, "pseudo")
@@ -474,35 +469,35 @@ class Reading:
 
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
+CONTRACTIONS = frozenset({"there's", "it's", "that's"})
 SENTENCE_END = re.compile(r"[.!?;:…。]")
 
 
+def _gap(text):
+    """What kind of break the characters between two words make."""
+    if text in (" ", ""):
+        return NO_BREAK
+    if SENTENCE_END.search(text):
+        return STOP
+    if text in ("-", "‐", "‑"):
+        return HYPHEN
+    return COMMA if text.strip(" \t\r\n\"'“”‘’*_#") else NO_BREAK
+
+
 def _split_words(text):
-    """The words of a text with what stands between them; "car's" becomes "car", "s" (a possessive is two words)."""
-    reading = Reading()
-    previous = 0
+    """Reading of the words of a text; "car's" becomes the two words "car" and "s"."""
+    reading, previous = Reading(), 0
     for match in WORD.finditer(text):
-        gap = text[previous:match.start()]
-        if SENTENCE_END.search(gap):
-            kind = STOP
-        elif gap.strip() in ("-", "‐", "‑") and len(gap) == 1:
-            kind = HYPHEN
-        elif gap.strip(" \t\r\n\"'“”‘’*_#"):
-            kind = COMMA
-        else:
-            kind = NO_BREAK
+        start, end = match.span()
         word = match.group().lower().replace("’", "'")
-        pieces = [word]
-        if word.endswith("'s") and word not in ("there's", "it's", "that's"):
-            pieces = [word[:-2], "s"]
-        start = match.start()
-        for number, piece in enumerate(pieces):
-            reading.words.append(piece)
-            reading.starts.append(start)
-            reading.ends.append(start + len(piece) if number == 0 and len(pieces) > 1 else match.end())
-            reading.breaks.append(kind if number == 0 else NO_BREAK)
-            start = match.end() - 1
-        previous = match.end()
+        gap, previous = _gap(text[previous:start]), end
+        owner = len(word) - 2 if word.endswith("'s") and word not in CONTRACTIONS else len(word)
+        for piece, first, stop in ((word[:owner], start, start + owner), (word[owner + 1:], end - 1, end)):
+            if piece:
+                reading.words.append(piece)
+                reading.starts.append(first)
+                reading.ends.append(stop)
+                reading.breaks.append(gap if first == start else NO_BREAK)
     return reading
 
 
@@ -526,66 +521,79 @@ def _ends_clause(reading, i):
     return i >= len(reading.words) or reading.breaks[i] >= COMMA
 
 
-def _is_verb_reading(reading, i, length):
-    """ "A bus stops ahead", "Pedestrian crossing." name an object and what it does; "bus stops line the street" and
-    "a pedestrian crossing" name a place."""
-    last, before, after = _word(reading, i + length - 1), _word(reading, i - 1), _word(reading, i + length)
-    starts_clause = i == 0 or reading.breaks[i] >= COMMA
-    if length == 2 and last in ("stops", "parks", "lines", "passes", "services", "routes", "stop", "park", "line"):
-        plural = last.endswith("s") and last not in ("stops", "parks", "lines", "passes") or not last.endswith("s")
-        if plural or before in NUMBERS or before in ("these", "those", "some", "all", "other", "and", "or", "of"):
-            return False
-        return not (after in AUXILIARIES or after in ("line", "dot", "appear", "along") and starts_clause)
-    if last == "crossing" and _word(reading, i) in ("pedestrian", "train"):
-        ends = _ends_clause(reading, i + length)
-        follows = ends or after in (
-            "the", "a", "this", "from", "over", "toward", "towards", "safely", "slowly", "quickly", "in", "ahead",
-            "left", "right", "hurriedly", "while", "as", "and",
-        )
-        if starts_clause:
-            return follows
-        return not ends and after in ("the", "this", "from", "over", "safely", "slowly", "quickly", "hurriedly")
-    return False
+def _is_compound(reading, first, head):
+    """The object's name at first goes on with the noun at head to name something else ("bus stop", "bicycle shop").
+
+    "A bus stops ahead" and "Pedestrian crossing." name an object and what it does, "bus stops line the street" and "a
+    pedestrian crossing" a place: told apart by the words around.
+    """
+    if _ends_clause(reading, head):
+        return False
+    word, noun = reading.words[head - 1], reading.words[head]
+    if noun not in HEADS.get(word, ()) and (noun not in HEADS[""] or word not in SINGULAR | HEADS[""]):
+        return False
+    before, after = _word(reading, first - 1), _word(reading, head + 1)
+    if after in ("splitting", "changing", "changes"):  # "a motorcyclist lane-splitting"
+        return False
+    opens = first == 0 or reading.breaks[first] >= COMMA
+    ends = _ends_clause(reading, head + 1)
+    if noun in ("stops", "parks", "lines", "stands", "signs", "signals"):  # a verb, unless several are meant
+        several = not opens and before in NUMBERS | PREPOSITIONS | {"these", "those", "some", "all", "other", "and"}
+        return several or not ends and (after in AUXILIARIES or after in ("line", "dot", "appear"))
+    if noun == "crossing":
+        crosses = not ends and after in CROSSING_WAYS
+        return not (crosses or opens and (ends or after in ("ahead", "in", "left", "right", "while", "as", "and")))
+    return True
 
 
-def _is_plain_noun(reading, i, length):
-    """A guarded word stands as a noun: "an orange lies", not "an orange car"; plurals need no determiner."""
-    word, before, after = _word(reading, i), _word(reading, i - 1), _word(reading, i + length)
-    if length == 1 and word.endswith("s") and word not in ("tvs", "bus"):
-        return word not in ("ties", "sinks", "books", "bears", "cycles", "forks") or before in DETERMINERS | NUMBERS
-    determined = before in DETERMINERS | NUMBERS or _word(reading, i - 2) in DETERMINERS and before not in VERB_OF
-    if _ends_clause(reading, i + length):
-        return determined
-    return determined and after != "and" and after != "or" and (after in FUNCTION_WORDS or after in VERB_OF)
+def _is_plain_noun(reading, i):
+    """A guarded word stands as a noun: "an orange lies there", not "an orange car", "bears left" or "in orange"."""
+    word, after = reading.words[i], _word(reading, i + 1)
+    before = reading.words[i - 1] if i and reading.breaks[i] < COMMA else ""
+    if word not in GUARDED:  # a plural; of a verb, only after a determiner
+        return word not in GUARDED_VERBS or before in DETERMINERS | NUMBERS
+    if before not in DETERMINERS | NUMBERS and not (_word(reading, i - 2) in DETERMINERS and before in ATTRIBUTE_OF):
+        return False
+    if _ends_clause(reading, i + 1) or ATTRIBUTE_OF.get(after) == "position" or after in VERB_OF:
+        return True
+    return after in FUNCTION_WORDS and after not in ("and", "or", "one")
 
 
 def _is_light(reading, i):
     """A bare "light" or "signal" is a traffic light if it has a signal's colour or changes to one."""
-    word, before, after = _word(reading, i), _word(reading, i - 1), _word(reading, i + 1)
-    joined = reading.breaks[i] < COMMA
-    if word in ("light", "lights"):
-        if joined and before in COLOURS_OF_LIGHT:
-            return word == "light" and after not in ("from", "of", "reflecting", "reflections") or (
-                word == "lights" and (after in ("ahead", "at", "turn", "change") or _word(reading, i - 2) == "at")
-            )
-        if joined and before in ATTRIBUTE_OF and ATTRIBUTE_OF[before] == "colour":
-            return False
-        return any(
-            _word(reading, j) in COLOURS_OF_LIGHT and all(_word(reading, k) in CHANGING | {"ahead", "then", "soon"}
-                                                          for k in range(i + 1, j))
-            and all(not _ends_clause(reading, k) for k in range(i + 1, j + 1))
-            for j in range(i + 2, min(i + 6, len(reading.words)))
-        )
+    word, after = reading.words[i], _word(reading, i + 1)
+    before = reading.words[i - 1] if i and reading.breaks[i] < COMMA else ""
     if word == "signal":
-        return joined and before in ARTICLES | COLOURS_OF_LIGHT | {"this", "that", "each"}
-    return joined and before in COLOURS_OF_LIGHT | {"the", "these", "through", "at", "overhead"}
+        return before in ARTICLES | COLOURS_OF_LIGHT | {"this", "that", "each"}
+    if word == "signals":
+        return before in COLOURS_OF_LIGHT | {"the", "these", "through", "at", "overhead"}
+    if before in COLOURS_OF_LIGHT:
+        if word == "light":  # not "the red light from a shop"
+            return after not in ("from", "of", "reflecting", "reflections")
+        return after in ("ahead", "at", "turn", "change") or _word(reading, i - 2) == "at"  # not "red lights glow"
+    if ATTRIBUTE_OF.get(before) == "colour":
+        return False
+    for j in range(i + 1, min(i + 6, len(reading.words))):
+        if _ends_clause(reading, j):
+            return False
+        if reading.words[j] in COLOURS_OF_LIGHT:
+            return j > i + 1
+        if reading.words[j] not in CHANGING:
+            return False
+    return False
 
 
-def _is_ego(reading, i, length):
-    """This "car" or "vehicle" is the one that carries the camera."""
+def _is_ego(reading, i, length, entry):
+    """This "car" or "vehicle" is the one that carries the camera; this "someone" looks out of it."""
+    if _word(reading, i + length - 1) not in SINGULAR:
+        return False
     context = " ".join(reading.words[max(0, i - 6):i])
+    if "person" in entry.classes:
+        return EYE_BEFORE.search(context) is not None
+    if entry.classes[0] != "car":
+        return False
     match = EGO_BEFORE.search(context)
-    if match and not (match.group(1) == "from" and not match.group("moving")):
+    if match and (match.group(1) != "from" or match.group("state") in ("moving", "driving", "travelling", "traveling")):
         return True
     after = i + length
     if _word(reading, after) == "s" and not _ends_clause(reading, after):
@@ -605,25 +613,22 @@ def _classify(reading, i):
     """(length, entry) of the phrase at word i after looking at its neighbours; (0, None) for a plain word."""
     length, entry = match_phrase(LEXICON, reading, i)
     word = reading.words[i]
-    if length and entry.kind == "neutral" and length > 1 and _is_verb_reading(reading, i, length):
-        for phrase, shorter in LEXICON[word]:
-            if len(phrase) == 1:
-                return 1, shorter
-    if not length and word in ("light", "lights", "signal", "signals") and _is_light(reading, i):
-        return 1, Entry("object", ("traffic light",))
     if not length:
+        is_light = word in ("light", "lights", "signal", "signals") and _is_light(reading, i)
+        return (1, Entry("object", ("traffic light",))) if is_light else (0, None)
+    if entry.kind in ("neutral", "ego"):
+        return length, entry
+    if word in GUARDED_FORMS and length == 1 and not _is_plain_noun(reading, i):
         return 0, None
-    if length == 1 and (word in GUARDED or any(word == form for form in GUARDED_FORMS)) and not _is_plain_noun(
-            reading, i, length):
-        return 0, None
-    if entry.kind in ("object", "any") and entry.classes[0] == "car" and _is_ego(reading, i, length):
+    if _is_ego(reading, i, length, entry) or entry.kind == "any" and _is_own_vehicle(reading, i, length):
         return length, Entry("ego", ())
-    if entry.kind == "any" and _is_own_vehicle(reading, i, length):
-        return length, Entry("ego", ())
+    if entry.classes[0] not in ("traffic light", "stop sign"):
+        head = i + length
+        while _is_compound(reading, i, head):  # "pedestrian crossing sign"
+            head += 1
+        if head > i + length:
+            return head - i, Entry("neutral", ())
     return length, entry
-
-
-GUARDED_FORMS = frozenset(form for word in GUARDED for form in plurals(word))
 
 
 def read_text(text):
@@ -734,23 +739,19 @@ def _denied_before(reading, spans, i):
 
 
 def _post_negator(reading, i):
-    """A phrase at word i that denies its subject: "are not visible", "is absent", "nowhere to be seen", "can't be seen"."""
-    window = []
-    for j in range(i, min(i + 6, len(reading.words))):
-        if j > i and reading.breaks[j] >= COMMA:
+    """A phrase at word i denies its subject: "are not visible", "is absent", "is nowhere to be seen"."""
+    rest = []
+    for j in range(i + 1, min(i + 6, len(reading.words))):
+        if reading.breaks[j] >= COMMA:
             break
-        window.append(reading.words[j])
-    if not window:
+        rest.append(reading.words[j])
+    if any(word in ("longer", "only", "just", "yet") for word in rest):
         return False
-    head, rest = window[0], window[1:]
-    if head in BE or head in ("can", "cannot", "can't", "could", "couldn't"):
-        denied = head.endswith("n't") or head in ("cannot",) or any(word in ("not", "never") for word in rest[:2])
-        if any(word in ("longer", "only", "just", "yet") for word in rest):
-            return False
-        if head in BE and any(word in ("absent", "missing", "nowhere") for word in rest[:2]):
-            return True
-        return denied and any(word in UNSEEN for word in rest[:4])
-    return False
+    head = reading.words[i]
+    if head in BE and any(word in ("absent", "missing", "nowhere") for word in rest[:2]):
+        return True
+    denied = head.endswith("n't") or head == "cannot" or any(word in ("not", "never") for word in rest[:2])
+    return denied and any(word in UNSEEN for word in rest[:4])
 
 
 def _negated_words(reading, claims):
@@ -776,7 +777,7 @@ def _negated_words(reading, claims):
                     negated |= _negate_list(reading, spans, target)
         elif word == "free" and reading.breaks[i] == HYPHEN:
             negated |= {first for first, last in spans if last == i - 1}
-        if _post_negator(reading, i):
+        if word in POST_NEGATORS and _post_negator(reading, i):
             target = _denied_before(reading, spans, i)
             negated |= _negate_list(reading, spans, target) if target is not None else set()
     return negated
