@@ -59,7 +59,7 @@ class EvaluateConfig(DataConfig):
     copilot_tokens: int = opt(128, "an answer is cut after so many tokens")
     num_samples: int = opt(0, "sampled answers a clip and mode in extra rows, 0 for none")
     temperature: float = opt(1.0, "of the sampled answers")
-    per_device_batch_size: int = opt(8, "clips that are answered at once")
+    eval_batch_size: int = opt(8, "clips that are answered at once")
 
     def folders(self) -> dict[str, Path]:
         """--checkpoint as {name: folder}."""
@@ -86,7 +86,7 @@ class EvaluateConfig(DataConfig):
             words = getattr(self, key)
             if len(words) != 2 or not 0 <= words[0] <= words[1]:
                 found.append(f"{key} must be [fewest, most], got {words}")
-        for key in ("microscope_tokens", "copilot_tokens", "per_device_batch_size", "temperature"):
+        for key in ("microscope_tokens", "copilot_tokens", "eval_batch_size", "temperature"):
             if not getattr(self, key) > 0:
                 found.append(f"{key} must be above 0, got {getattr(self, key)}")
         return found
@@ -225,8 +225,8 @@ def ask(model: DriveVLM, system: System, key: str, entries: list[Entry], config:
     for mode in MODES:
         wanted = [entry for entry in entries if entry.mode == mode]
         max_new_tokens = getattr(config, f"{mode}_tokens")
-        for start in range(0, len(wanted), config.per_device_batch_size):
-            batch = wanted[start : start + config.per_device_batch_size]
+        for start in range(0, len(wanted), config.eval_batch_size):
+            batch = wanted[start : start + config.eval_batch_size]
             begun = time.perf_counter()
             answers = model.generate(
                 frames[[place[entry.video] for entry in batch]], [entry.question for entry in batch],
@@ -284,11 +284,14 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def metrics_of(total: dict, due_classes: set[str]) -> dict[str, np.ndarray]:
     """total: each count summed over texts, as arrays [B] (one value a bootstrap draw). See docs/evaluation.md.
 
-    Without a mention, precision and CHAIR are 0; the macro average goes over the classes that the truth contains.
+    Without a mention, precision and CHAIR are 0. The macro average goes over the classes that the truth contains; a
+    bootstrap draw without a case of some class leaves that one out.
     """
     precision, recall = ratio(total["hit"], total["named"]), ratio(total["told"], total["due"])
-    per_class = [ratio(2 * total["hit", c], 2 * total["hit", c] + total["false", c] + total["missed", c])
-                 for c in sorted(due_classes)]
+    shape = (len(due_classes), len(precision))
+    hits = 2 * np.array([total["hit", name] for name in sorted(due_classes)]).reshape(shape)
+    slips = np.array([total["false", name] + total["missed", name] for name in sorted(due_classes)]).reshape(shape)
+    per_class = ratio(hits, hits + slips)
     return {
         "words": ratio(total["words"], total["texts"]),
         "in_range": ratio(total["in_range"], total["texts"]),
@@ -296,7 +299,7 @@ def metrics_of(total: dict, due_classes: set[str]) -> dict[str, np.ndarray]:
         "precision": precision,
         "recall": recall,
         "f1_micro": ratio(2 * precision * recall, precision + recall),
-        "f1_macro": np.mean(per_class, axis=0) if per_class else np.zeros_like(precision),
+        "f1_macro": ratio(per_class.sum(0), (hits + slips > 0).sum(0)),
         "chair_i": ratio(total["invented"], total["mentions"]),
         "chair_s": ratio(total["inventing"], total["texts"]),
         "order": ratio(total["agreeing"], total["pairs"]),
@@ -347,11 +350,12 @@ def score(predictions: list[dict], truth: dict[str, Truth], ranges: dict[str, li
 
 
 def cell(block: dict, key: str, decimals: int) -> str:
-    """`0.79 ±0.05`, half of the interval's width behind the sign; a dash where the number means nothing."""
+    """`0.79 ±.05`, half of the interval's width behind the sign; a dash where the number means nothing."""
     if key == "order" and not block["order_pairs"] or key == "tokens_per_second" and not block[key]:
         return "–"
     low, high = block["interval"][key]
-    return f"{block[key]:.{decimals}f} ±{(high - low) / 2:.{decimals}f}"
+    spread = f"{(high - low) / 2:.{decimals}f}"
+    return f"{block[key]:.{decimals}f} ±{spread.removeprefix('0') or spread}"
 
 
 def table(metrics: dict) -> str:
@@ -465,7 +469,7 @@ def report(metrics: dict, predictions: list[dict], truth: dict[str, Truth], vide
         sections.append(f"<section><h2>{html.escape(video)}</h2>There: {chips}{strip}<table>{''.join(rows)}</table>"
                         "</section>")
     return PAGE % {"clips": metrics["clips"], "truth": html.escape(metrics["truth"]), "tables": html_table(metrics),
-                   "prior": html.escape(metrics["prior"]["caption"]), "sections": "".join(sections)}
+                   "prior": html.escape(metrics["prior"]["caption"].rstrip(".")), "sections": "".join(sections)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,7 +514,7 @@ def answers_key(system: System, entries: list[Entry], config: EvaluateConfig) ->
     """Changes with all that an answer depends on: weights, questions, clips, control, sampling."""
     what = [checkpoint_hash(system.folder), system.control, system.num_samples, config.microscope_tokens,
             config.copilot_tokens, [config.seed, config.temperature] if system.num_samples else "greedy", config.dtype,
-            config.video_root, config.per_device_batch_size, [(e.id, e.question) for e in entries]]
+            config.video_root, config.eval_batch_size, [(e.id, e.question) for e in entries]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 

@@ -79,6 +79,19 @@ def test_intervals_are_seeded_and_hold_the_value():
     assert same["copilot"]["interval"]["precision"] == [1.0, 1.0]
 
 
+def test_macro_average_leaves_out_what_a_draw_lacks():
+    truth = {f"{i}.mp4": TRUTH if i else Truth(frozenset({"dog"}), frozenset({"dog"})) for i in range(5)}
+    texts = {video: " and ".join(f"a {name}" for name in sorted(t.present)) for video, t in truth.items()}
+    block = score([row(text, mode, video) for video, text in texts.items() for mode in MODES], truth, RANGES)
+    assert block["copilot"]["f1_macro"] == 1 and block["copilot"]["interval"]["f1_macro"] == [1, 1]
+
+
+def test_truth_of_nothing():
+    nothing = {"a.mp4": Truth(frozenset(), frozenset())}
+    block = score([row("A car.", mode) for mode in MODES], nothing, RANGES)["copilot"]
+    assert block["f1_macro"] == block["recall"] == 0 and block["chair_i"] == 1
+
+
 def test_nothing_said_scores_nothing():
     block = score([row("", mode) for mode in MODES], {"a.mp4": TRUTH}, RANGES)["copilot"]
     assert block["precision"] == block["recall"] == block["f1_micro"] == block["chair_i"] == 0
@@ -141,7 +154,7 @@ def config(tiny, folders, tmp_path):
     return EvaluateConfig(
         data=str(tiny.data), video_root=str(tiny.videos), output_dir=str(tmp_path / "out"), dtype="float32",
         num_val_videos=3, truth=str(tmp_path / "truth.json"), frame_cache=str(tmp_path / "cache"),
-        checkpoint=[f"stage1={folders / 'stage1'}", f"stage2={folders / 'stage2'}"], per_device_batch_size=2,
+        checkpoint=[f"stage1={folders / 'stage1'}", f"stage2={folders / 'stage2'}"], eval_batch_size=2,
         microscope_tokens=6, copilot_tokens=4, microscope_words=[5, 100], copilot_words=[1, 10],
     )
 
