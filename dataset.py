@@ -9,12 +9,13 @@ import contextlib
 import csv
 import functools
 import hashlib
-import io
 import json
 import os
+import posixpath
 import random
 import re
 import tempfile
+import time
 import unicodedata
 import zlib
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ MODES = {
 }
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
 LOCK_TIMEOUT = 600.0  # seconds to wait for another process that decodes the same clip
+BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
 VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts as variable frame rate
 
 
@@ -95,7 +97,7 @@ def load_entries(path, default_mode: str | None = None) -> list[Entry]:
 
 
 def read_rows(path) -> Iterator[tuple[str, object]]:
-    """Yield ("file row N", row) for every row, N counted from 1; a line that is no JSON comes as its RowError."""
+    """Yield ("file row N", row) for every row, N counted from 1; what is no JSON or no text comes as a RowError."""
     path = Path(path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl", ".csv"))
@@ -106,29 +108,52 @@ def read_rows(path) -> Iterator[tuple[str, object]]:
     else:
         raise DataError(f"{path}: no such data file or folder")
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-        for number, row in enumerate(_rows_of_text(file, text), start=1):
+        for number, row in enumerate(_rows_of_file(file), start=1):
             yield f"{file.name} row {number}", row
 
 
-def _rows_of_text(file: Path, text: str) -> Iterator[object]:
-    if file.suffix.lower() == ".csv":
-        yield from csv.DictReader(io.StringIO(text, newline=""))
-    elif text.lstrip().startswith("["):
+def _rows_of_file(file: Path) -> Iterator[object]:
+    """The rows, one in memory at a time."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as text:
+            if file.suffix.lower() == ".csv":
+                yield from csv.DictReader(text)
+            elif text.read(4096).lstrip()[:1] == "[":
+                text.seek(0)
+                yield from _items_of_list(text)
+            else:
+                text.seek(0)
+                yield from (_row_of_line(line) for line in text if line.strip())
+    except UnicodeDecodeError as error:
+        yield RowError("bad_unicode", f"from about here the file is no UTF-8 text ({error.reason})")
+
+
+def _items_of_list(text, step: int = 1 << 20) -> Iterator[object]:
+    """Parse a JSON list piece by piece."""
+    parse, lead, close = json.JSONDecoder().raw_decode, re.compile(r"\s*\[\s*"), re.compile(r"\s*\[\s*\]")
+    buffer, at, chunk = text.read(step), 0, step
+    while not close.match(buffer, at):
         try:
-            yield from json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}: not valid JSON: {error}") from error
-    else:
-        for line in text.split("\n"):  # not splitlines(): U+2028 may stand inside a JSON string
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield RowError("unknown_format", f"not valid JSON: {error}")
+            mark = lead.match(buffer, at)
+            if not mark:
+                raise json.JSONDecodeError("expected ',' or ']'", buffer, at)
+            row, end = parse(buffer, mark.end())
+        except json.JSONDecodeError as error:  # a mistake, or a row that goes on in the next piece
+            more = text.read(chunk)
+            if not more:
+                yield RowError("unknown_format", f"not valid JSON: {error.msg} at {buffer[error.pos:][:40]!r}")
+                return
+            buffer, at, chunk = buffer[at:] + more, 0, 2 * chunk
+        else:
+            yield row
+            lead, close, at, chunk = re.compile(r"\s*,\s*"), re.compile(r"\s*\]"), end, step
+
+
+def _row_of_line(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return RowError("unknown_format", f"not valid JSON: {error}")
 
 
 def parse_row(row, default_mode: str | None = None) -> list[Entry]:
@@ -186,13 +211,13 @@ def _entry(video: str, mode: str, question: str, captions, key: str) -> Entry:
 
 def video_stem(video: str) -> str:
     """The video's path without its suffix."""
-    return str(PurePosixPath(video).with_suffix("")) if PurePosixPath(video).name else video
+    return posixpath.splitext(posixpath.normpath(video))[0]
 
 
 def clean_text(text: str, what: str) -> str:
     """NFC without outer white space; raises RowError on text that was broken before it came here."""
     text = unicodedata.normalize("NFC", text.strip())
-    if "\ufffd" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if BROKEN_TEXT.search(text):
         raise RowError("bad_unicode", f"{what} holds U+FFFD or a lone surrogate: it was decoded wrongly somewhere")
     return text
 
@@ -263,22 +288,27 @@ def split_by_video(entries: list[Entry], num_val_videos: int = 40, seed: int = 4
 def clip_key(video: str, video_root=None) -> str:
     """One text for one clip, however a row spells its path; relative to the video root."""
     if video_root is not None:
-        video = resolve_video(video_root, video).relative_to(Path(video_root).resolve()).as_posix()
-    return unicodedata.normalize("NFC", os.path.normpath(video))
+        video = str(resolve_video(video_root, video))[len(_real_root(str(video_root))) + 1 :]
+    return unicodedata.normalize("NFC", posixpath.normpath(video))
 
 
 def resolve_video(video_root, video: str) -> Path:
     """The clip's real path; raises RowError (`path_escape`) where it leads, by text or by link, out of the root."""
     if "\0" in video or "\\" in video or "://" in video or video.startswith(("/", "~")):
         raise RowError("path_escape", f"{video!r} must be a plain path relative to the video root")
-    root = Path(video_root).resolve()
-    path = (root / video).resolve()
-    if not path.exists():  # macOS writes names as NFD, most captions files hold NFC: the same name
-        spellings = [(root / unicodedata.normalize(form, video)).resolve() for form in ("NFC", "NFD")]
-        path = next((p for p in spellings if p.exists()), path)
-    if not path.is_relative_to(root):
+    root = _real_root(str(video_root))
+    path = os.path.realpath(os.path.join(root, video))
+    if not os.path.exists(path):  # macOS writes names as NFD, most captions files hold NFC: the same name
+        spellings = [os.path.realpath(os.path.join(root, unicodedata.normalize(f, video))) for f in ("NFC", "NFD")]
+        path = next(filter(os.path.exists, spellings), path)
+    if not path.startswith(root + os.sep):
         raise RowError("path_escape", f"{video!r} leads out of the video root {root}")
-    return path
+    return Path(path)
+
+
+@functools.lru_cache(maxsize=16)
+def _real_root(video_root: str) -> str:
+    return os.path.realpath(video_root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,7 +554,8 @@ def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
             frames = _read_cache(file, key, shape)  # another process may have made it while we waited
             if frames is None:
                 frames = read_frames(path, num_frames, size)
-                _write_cache(file, key, frames)
+                if _has_room(str(cache_dir), frames.nbytes, int(time.monotonic() / 30)):
+                    _write_cache(file, key, frames)
     except Timeout as error:
         raise VideoError(path, f"another process has been decoding for {LOCK_TIMEOUT:.0f} s") from error
     return frames
@@ -553,6 +584,30 @@ def _write_cache(file: Path, key: str, frames: np.ndarray) -> None:
         temporary.write(_cache_head(key, frames))
         temporary.write(frames.data)
     os.replace(temporary.name, file)
+
+
+def cache_size(cache_dir) -> tuple[int, int]:
+    """(files, bytes) of the frames in a cache folder."""
+    sizes = [file.stat().st_size for file in Path(cache_dir).glob("??/*.frames")]
+    return len(sizes), sum(sizes)
+
+
+def limit_cache(cache_dir, gigabytes: float | None) -> None:
+    """Let a cache folder grow to `gigabytes` (None: without limit). The limit is kept in the folder, so that all who
+    share it obey; clips that find no room are decoded each time."""
+    file = Path(cache_dir) / "limit_gb"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("" if gigabytes is None else str(gigabytes), encoding="utf-8")
+    _has_room.cache_clear()
+
+
+@functools.lru_cache(maxsize=4)
+def _has_room(cache_dir: str, num_bytes: int, _half_minute: int) -> bool:
+    # Counting a big cache takes a second: one answer holds for half a minute, so the limit can be passed by what
+    # is decoded in that time.
+    limit = Path(cache_dir) / "limit_gb"
+    text = limit.read_text(encoding="utf-8") if limit.is_file() else ""
+    return not text or cache_size(cache_dir)[1] + num_bytes <= float(text) * 1e9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -180,12 +180,30 @@ def test_bad_rows_have_a_code_and_say_what_is_wrong(row, code, text):
     assert error.value.code == code
 
 
+@pytest.mark.parametrize("text, count, problem", [
+    ("[]", 0, None), (" [\n ] \n", 0, None), ("", 0, None),
+    ('[{"video": "a"} , {"video": "b"}\n]', 2, None), ('[{"video": "a]["}]', 1, None),
+    ('[{"video": "a"} {"video": "b"}]', 1, "expected"), ('[{"video": "a"}', 1, "expected"),
+    ('[{"video": "a"}, ]', 1, "Expecting"), ('[{"video": "a', 0, "Unterminated"), ("[{]", 0, "Expecting"),
+    ('{"video": "a"}\n\n{"video":\u2028"b"}', 1, "not valid"), ('{"video": "a\\u2028"}\n{"video": "b\u2028"}', 2, None),
+])
+@pytest.mark.parametrize("step", [1, 7, 1 << 20])
+def test_lists_are_parsed_piece_by_piece(tmp_path, text, count, problem, step, monkeypatch):
+    monkeypatch.setattr(dataset._items_of_list, "__defaults__", (step,))
+    (tmp_path / "r.json").write_text(text, encoding="utf-8")
+    rows = [row for _, row in dataset.read_rows(tmp_path / "r.json")]
+    errors = [row for row in rows if isinstance(row, DataError)]
+    assert len(rows) - len(errors) == count
+    assert [row["video"][0] for row in rows if isinstance(row, dict)] == list("ab")[:count]
+    assert len(errors) == bool(problem) and all(problem in str(error) for error in errors)
+
+
 def test_all_bad_rows_are_named_in_one_message(tmp_path):
     good = {"video": "x.mp4", "copilot": ["A car."]}
     with pytest.raises(DataError) as error:
         load_entries(write_rows(tmp_path / "r.json", [good, {"video": "a"}, good, {"q": "b"}]))
     assert "2 bad rows" in str(error.value) and "row 2" in str(error.value) and "row 4" in str(error.value)
-    with pytest.raises(DataError, match="r.json.*UTF-8"):
+    with pytest.raises(DataError, match="r.json row 1: .* no UTF-8 text"):
         (tmp_path / "r.json").write_bytes(b'[{"video": "caf\xe9"}]')
         load_entries(tmp_path / "r.json")
     with pytest.raises(DataError, match="not valid JSON"):
@@ -515,6 +533,22 @@ def test_an_unreadable_clip_leaves_nothing_in_the_cache(tmp_path):
     with pytest.raises(VideoError):
         cached_frames(tmp_path / "none.mp4", 4, 96, tmp_path / "cache")
     assert not cache_files(tmp_path / "cache")
+
+
+def test_the_cache_can_be_limited(tiny, tmp_path, decodes):
+    one = 4 * 96 * 96 * 3
+    clips = sorted(tiny.videos.glob("*.mp4"))
+    dataset.limit_cache(tmp_path, 2.5 * one / 1e9)
+    for clip in clips:
+        dataset._has_room.cache_clear()
+        cached_frames(clip, 4, 96, tmp_path)
+    files, size = dataset.cache_size(tmp_path)
+    assert files == 2 and 2 * one < size < 2.5 * one
+    assert len(decodes) == 6
+    dataset.limit_cache(tmp_path, None)
+    for clip in clips:
+        cached_frames(clip, 4, 96, tmp_path)
+    assert dataset.cache_size(tmp_path)[0] == 6 and len(decodes) == 10
 
 
 def _build(videos, cache, log):
