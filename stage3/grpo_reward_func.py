@@ -6,6 +6,7 @@ Pure functions of (caption, evidence, mode, reference): no model, file, clock or
 thresholds and known limits are told in docs/reward.md; the words are in stage3/vocabulary_config.py.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -278,11 +279,6 @@ def _ramp(x, low, high):
     return min(1.0, max(0.0, (x - low) / (high - low)))
 
 
-def _window(words, edges):
-    """Trapezoid over the number of words: 0 at edges[0], 1 from edges[1] to edges[2], 0 at edges[3]."""
-    return min(_ramp(words, edges[0], edges[1]), 1.0 - _ramp(words, edges[2], edges[3]))
-
-
 AFTER_ARTICLE = frozenset("few other another single each several while".split())  # function words that may follow "a"
 
 
@@ -297,6 +293,9 @@ def _sentence_grammar(caption):
     return _ramp(share, 0.12, 0.25) * (1.0 - _ramp(lost / len(words), 0.02, 0.08))
 
 
+PLACES = frozenset("road street traffic way lane highway intersection junction crosswalk".split())
+
+
 def _telegram_grammar(caption):
     """1 for telegraphic clauses ("car ahead brakes"), 0 for bare nouns and word salad: the share of words in clauses
     that say something of a thing. Two bare orders ("slow down") and scene facts ("night") may stand beside them."""
@@ -307,7 +306,7 @@ def _telegram_grammar(caption):
         functions = sum(words[i] in FUNCTION_WORDS for i in span)
         if len(span) > 8 and functions < 0.12 * len(span):
             continue
-        thing = any(roles[i] for i in span)
+        thing = any(roles[i] or words[i] in PLACES for i in span)
         scene = any(caption.scenes[i] for i in span)
         said = clause.verbs or any(caption.attributes[i] or words[i] in FUNCTION_WORDS and not roles[i] for i in span)
         touching = any(b.first == a.last + 1 for a, b in zip(clause.claims, clause.claims[1:], strict=False))
@@ -345,48 +344,66 @@ def _piles(words, breaks, members, least):
 
 PLAIN_COLOURS = frozenset("red blue green white black yellow orange brown purple pink".split())
 LOOKS = ("colour", "size", "state")
-INFLECTED = ("s", "ed", "ing", "ly")  # of eight words of English in a row, at least two end so
+ADJECTIVE = re.compile(r"..+(?:ful|ous|ing|ive|ant|ent|ern|ish|[^l]y|ed|al|ic|ble|less|id|ary)$")
+INFLECTED = ("s", "ed", "ing", "ly")  # of eight words of running English, at least two end so
 
 
 def _stuffed_share(caption, mode):
-    """Share of the words that stand in piles: adjectives, verbs, connectives, single words between commas; and in
-    Microscope mode runs of bare adjectives and sentences without a function word."""
+    """Share of the words that stand in piles: adjectives, verbs, connectives or single words between commas, and
+    stretches that say nothing of anything."""
     words, breaks, roles = caption.reading.words, caption.reading.breaks, caption.reading.roles
-    n, microscope = len(words), mode == "microscope"
-
     ends = [*(b >= COMMA for b in breaks[1:]), True]
-    alone = [last and (i == 0 or ends[i - 1]) and not roles[i] for i, last in enumerate(ends)]
+    alone = [end and (i == 0 or ends[i - 1]) and not roles[i] for i, end in enumerate(ends)]
     looks = [attribute in LOOKS for attribute in caption.attributes]
     moves = [verb and not look for verb, look in zip(caption.verbs, looks, strict=True)]
     links = [word in CONNECTIVE_WORDS and not role for word, role in zip(words, roles, strict=True)]
     stuffed = _piles(words, breaks, looks, 4) | _piles(words, breaks, moves, 3) | _piles(words, breaks, links, 3)
-    stuffed |= _piles(words, breaks, alone, 3 if microscope else 4)
-    stuffed |= {j for i in range(n - 1) if words[i] in PLAIN_COLOURS and words[i + 1] in PLAIN_COLOURS
-                and breaks[i + 1] < COMMA for j in (i, i + 1)}
-    if not microscope:
-        return len(stuffed) / n
-    for clauses in _sentences(caption):
-        content = []
-        for i in range(clauses[0].first, clauses[-1].stop + 1):
-            if i < clauses[-1].stop and words[i] not in FUNCTION_WORDS:
-                content.append(i)
-                if len(content) >= 8 and sum(words[j].endswith(INFLECTED) for j in content[-8:]) < 2:
-                    stuffed.update(content[-8:])
-                if len(content) >= 6 and sum(looks[j] for j in content[-6:]) > 2:
-                    stuffed.update(content[-6:])
-            else:
-                whole = len(content) == clauses[-1].stop - clauses[0].first
-                stuffed.update(content if whole and len(content) > 2 else ())
-                content = []
-    return len(stuffed) / n
+    stuffed |= _piles(words, breaks, alone, 3 if mode == "microscope" else 4)
+    stuffed |= {j for i, (a, b) in enumerate(zip(words, words[1:], strict=False))
+                if a in PLAIN_COLOURS and b in PLAIN_COLOURS and breaks[i + 1] < COMMA for j in (i, i + 1)}
+    if mode == "microscope":
+        stuffed |= _piles(words, breaks, [
+            look or ADJECTIVE.match(word) and word not in FUNCTION_WORDS
+            for word, look in zip(words, looks, strict=True)], 6)
+        for clauses in _sentences(caption):
+            stuffed |= _unsaid(caption, clauses[0].first, clauses[-1].stop, looks)
+    else:
+        for clause in caption.clauses:
+            span = range(clause.first, clause.stop)
+            if len(span) > 2 and not clause.verbs and not any(
+                    roles[i] or caption.scenes[i] or words[i] in FUNCTION_WORDS | PLACES for i in span):
+                stuffed.update(span)
+    return len(stuffed) / len(words)
 
 
-def _new_share(caption):
+def _unsaid(caption, first, stop, looks):
+    """Indices of words of a sentence that belong to no running English: a sentence without a function word or of bare
+    connectives, eight words in a row without function words and endings, three looks among six such words."""
+    words, found, content = caption.reading.words, set(), []
+    for i in range(first, stop):
+        if words[i] in FUNCTION_WORDS:
+            content = []
+            continue
+        content.append(i)
+        if len(content) >= 8 and sum(words[j].endswith(INFLECTED) for j in content[-8:]) < 2:
+            found.update(content[-8:])
+        if len(content) >= 6 and sum(looks[j] for j in content[-6:]) > 2:
+            found.update(content[-6:])
+    said = any(caption.reading.roles[i] or caption.verbs[i] for i in range(first, stop))
+    if len(content) == stop - first and (stop - first > 2 or not said):
+        found.update(content)
+    if not said and all(word in CONNECTIVE_WORDS for word in words[first:stop]):
+        found.update(range(first, stop))
+    return found
+
+
+def new_words_share(caption):
     """Share of the words that stand in sentences which say something that no other sentence says.
 
     Sentences are taken from the one that says most, so their order in the text does not matter.
     """
     words, told = caption.reading.words, []
+    scenes = {(kind, value) for kind, values in scene_facts(caption).items() for value in values}
     for clauses in _sentences(caption):
         facts, who = set(), set()
         for clause in clauses:
@@ -394,7 +411,7 @@ def _new_share(caption):
             who = {claim.classes for claim in clause.claims} or ({("ego",)} if clause.ego else who)
             facts |= {(name, "is") for name in who if name != ("ego",)}
             facts |= {(name, words[i]) for name in who for i in span if caption.attributes[i] or caption.verbs[i]}
-            facts |= {caption.scenes[i] for i in span} - {None}
+            facts |= {caption.scenes[i] for i in span} & scenes
             if clause.truth == "ego" and not who:
                 facts |= {("ego", verb) for verb in clause.verbs}
         told.append((facts, clauses[-1].stop - clauses[0].first))
@@ -406,20 +423,27 @@ def _new_share(caption):
     return useful / len(words)
 
 
-def caption_gate(caption, facts, mode):
+def length_window(words, new_share, mode):
+    """Trapezoid over the number of words, for the two parts that style can raise: 0 at the first edge of the mode's
+    window, 1 between the second and the third, 0 at the fourth. Words that say nothing new do not help to reach it."""
+    low, full, most, high = MODES[mode].window
+    return min(_ramp(words * new_share, low, full), 1.0 - _ramp(words, most, high))
+
+
+def caption_gate(caption, facts, new_share, mode):
     """In [0, 1] and 1 for an honest caption: language x variety x focus x no piles x no list of denials."""
     language = _telegram_grammar(caption)
     if mode == "microscope":
         language = max(_sentence_grammar(caption), 0.5 * language)
     variety = 0.3 + 0.7 * _variety(caption)
-    focus = 1.0 - 0.8 * _ramp(1.0 - _new_share(caption), MODES[mode].free_filler, 0.9)
+    focus = 1.0 - 0.8 * _ramp(1.0 - new_share, MODES[mode].free_filler, 0.9)
     piles = 1.0 - min(0.8, 2.0 * _stuffed_share(caption, mode))
     denials = 1.0 - min(0.5, 0.04 * max(0, facts.true_denials - 3))
     return language * variety * focus * piles * denials
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The four parts, before the gate
+# The four parts, before gate and window
 
 
 def objects_part(facts, evidence):
@@ -448,11 +472,11 @@ def hallucination_part(facts, evidence):
 
 
 def temporal_part(caption, facts, evidence, mode):
-    """R_temp = grounding x window x order x mean of (verbs / target, connectives / target), each at most 1.
+    """R_temp = window x grounding x order x mean of (verbs / target, connectives / target), each at most 1.
 
     Only distinct verbs of motion in clauses that say something true count, two a clause at most, and of the camera's
-    own motion no more than half the target; connectives beside such clauses, two a sentence at most. In Copilot mode
-    each further true clause with a verb counts as a connective: a telegram needs none.
+    own motion no more than half the target where there is more to tell; connectives beside such clauses, two a sentence
+    at most. In Copilot mode each further true clause with a verb counts as a connective: a telegram needs none.
     """
     settings = MODES[mode]
     verbs, ego_verbs, connectives, steps = set(), set(), set(), 0
@@ -469,11 +493,11 @@ def temporal_part(caption, facts, evidence, mode):
                 said = list(dict.fromkeys(clause.verbs))[:2]
                 (verbs if clause.truth == "object" else ego_verbs).update(said)
                 steps += bool(said)
-    moves = len(verbs) + min(len(ego_verbs - verbs), settings.verbs / 2)
+    most = settings.verbs / 2 if evidence.salient else settings.verbs  # all that there is to tell of an empty road
+    moves = len(verbs) + min(len(ego_verbs - verbs), most)
     links = max(len(connectives), steps - 1) if mode == "copilot" else len(connectives)
     pace = 0.5 * min(1.0, moves / settings.verbs) + 0.5 * min(1.0, links / settings.connectives)
-    window = _window(len(caption.reading.words), settings.window)
-    return facts.grounding * window * told_in_order(caption, evidence) * pace
+    return facts.grounding * told_in_order(caption, evidence) * pace
 
 
 ORDER_MARGIN = 0.1  # of the clip: appearances that are nearer count as together
@@ -533,7 +557,7 @@ def _told_steps(caption):
 
 
 def detail_part(caption, facts, evidence, mode, reference):
-    """R_detail = grounding x window x ((1 - w) described + w scene).
+    """R_detail = window x grounding x ((1 - w) described + w scene).
 
     described: mean over the salient classes of the pay for the kinds of attribute (colour, size, state, position,
     number) said of each beside a true mention. scene: kinds of scene fact / target, at most 1; a kind told in two ways
@@ -557,19 +581,19 @@ def detail_part(caption, facts, evidence, mode, reference):
     if reference is not None:
         told = scene_facts(read_caption(reference))
         scene = {kind: values & told.get(kind, set()) for kind, values in scene.items()}
-    count = sum(len(values) == 1 or len(values) > 1 and kind not in EXCLUSIVE for kind, values in scene.items())
+    count = sum(bool(values) for values in scene.values())
     part = (1 - settings.scene_weight) * (sum(described) / len(described) if described else 1.0)
     part += settings.scene_weight * min(1.0, count / settings.scene_facts)
-    return facts.grounding * _window(len(caption.reading.words), settings.window) * part
+    return facts.grounding * part
 
 
 def scene_facts(caption):
-    """kind of scene fact -> set of the values told."""
+    """kind of scene fact -> set of the values told, without the kinds that contradict themselves (night and day)."""
     facts = {}
     for fact in caption.scenes:
         if fact:
             facts.setdefault(fact[0], set()).add(fact[1])
-    return facts
+    return {kind: values for kind, values in facts.items() if len(values) == 1 or kind not in EXCLUSIVE}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,11 +613,13 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
         return Reward(0.0, 0.0, 0.0, 0.0, 0.0)
     facts = check_claims(caption.reading.claims, evidence)
     judge_clauses(caption, facts, evidence, mode)
-    gate = caption_gate(caption, facts, mode)
+    new_share = new_words_share(caption)
+    gate = caption_gate(caption, facts, new_share, mode)
+    style = gate * length_window(len(caption.reading.words), new_share, mode)
     parts = {
         "objects": gate * objects_part(facts, evidence),
-        "temporal": gate * temporal_part(caption, facts, evidence, mode),
-        "detail": gate * detail_part(caption, facts, evidence, mode, reference),
+        "temporal": style * temporal_part(caption, facts, evidence, mode),
+        "detail": style * detail_part(caption, facts, evidence, mode, reference),
         "hallucination": gate * hallucination_part(facts, evidence),
     }
     return Reward(**parts, total=sum(WEIGHTS[name] * value for name, value in parts.items()))

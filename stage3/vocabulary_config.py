@@ -139,18 +139,18 @@ GUARDED_VERBS = frozenset({"ties", "sinks", "books", "bears", "cycles", "forks"}
 # Nouns after an object's name that turn it into a place, a sign or an idea: "bus stop", "bicycle shop", "pedestrian
 # activity", "car dealership". "" holds for every word but traffic lights and stop signs; plurals are added.
 COMPOUND_HEADS = {
-    "": "sign symbol marking lane path pathway route trail rack station terminal shelter depot bay stop stand rank "
+    "": "sign symbol marking lane path pathway route trail rack station terminal shelter depot bay rank "
         "driver shop store dealership dealer rental repair wash area zone bridge overpass underpass tunnel traffic "
         "activity movement flow presence infrastructure safety access life viewpoint perspective interaction "
-        "interference parking service restaurant place court field booth pole toll lot symbol registration ramp",
+        "interference parking service restaurant place court field booth pole toll lot registration ramp",
     "pedestrian": "crossing crosswalk walkway sidewalk signal light button island refuge mall street barrier space "
                   "friendly stripe warning",
-    "train": "crossing track line platform rail structure",
-    "bus": "line ad stand",
+    "train": "crossing track line platform rail structure stop",
+    "bus": "line ad stand stop", "taxi": "stand stop", "truck": "bed stop", "tram": "line stop",
     "car": "park port pool seat horn radio stereo audio alarm mirror dashboard hood windshield window interior ride "
            "sharing garage",
     "vehicle": "dashboard hood windshield window interior",
-    "dog": "park", "truck": "bed", "boat": "trailer ramp", "baby": "carriage stroller seat", "child": "seat",
+    "dog": "park", "boat": "trailer ramp", "baby": "carriage stroller seat", "child": "seat",
     "children": "crossing", "horse": "power", "phone": "line tower number box mount holder", "clock": "tower",
     "bottle": "neck", "cup": "holder", "flower": "bed", "table": "top", "human": "error", "apple": "store",
 }
@@ -702,7 +702,7 @@ def _first_after(reading, spans, i):
             return None
         if j in starts:
             return starts[j]
-        if match_phrase(EXCEPTION_INDEX, reading, j)[0]:
+        if word == "without" or match_phrase(EXCEPTION_INDEX, reading, j)[0]:
             return None
         if word == "of" and carried:
             continue
@@ -754,6 +754,14 @@ def _post_negator(reading, i):
     return denied and any(word in UNSEEN for word in rest[:4])
 
 
+def _is_double(reading, i):
+    """The negator at word i takes another one back: "no road without a car", "it is not true that no car is there"."""
+    before = reading.words[max(0, i - 5):i]
+    if reading.words[i] == "without":
+        return not {"no", "not", "never"}.isdisjoint(before)
+    return "true that" in " ".join(before) and "not" in before or "false that" in " ".join(before)
+
+
 def _negated_words(reading, claims):
     """First words of the phrases that the text denies."""
     spans = sorted({(claim.first, claim.last) for claim in claims})
@@ -766,7 +774,7 @@ def _negated_words(reading, claims):
             negated |= _negate_list(reading, spans, next(n for n, span in enumerate(spans) if span[0] == i))
         elif word in ("nobody",) and reading.roles[i] == "object":
             negated |= _negate_list(reading, spans, next(n for n, span in enumerate(spans) if span[0] == i))
-        elif length and verdict == "negates":
+        elif length and verdict == "negates" and not _is_double(reading, i):
             target = _first_after(reading, spans, i + length)
             negated |= _negate_list(reading, spans, target) if target is not None else set()
         elif not length and (word == "not" or word == "cannot" or word.endswith("n't")):
