@@ -300,7 +300,7 @@ def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, sha
     ids = torch.tensor([[model.pad_token_id] * (length - len(p)) + p for p in prompts], device=device)  # [P, L]
     owner = torch.tensor([[NOBODY] * (length - len(p)) + [PREFIX] * len(p) for p in prompts], device=device)
     uniforms = [[torch.rand(limit, generator=torch.Generator().manual_seed(s)) for s in row]
-                for row, limit in zip(seeds, limits, strict=True)]  # fmt: skip
+                for row, limit in zip(seeds, limits, strict=True)]
     uniforms = torch.nn.utils.rnn.pad_sequence([u for row in uniforms for u in row], batch_first=True).to(device)
     ends = torch.tensor(model.end_ids, device=device)
     limits = torch.tensor(limits, device=device).repeat_interleave(group)  # [P * G]
@@ -344,9 +344,9 @@ def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, sha
             hidden = model.hidden_states(
                 model.causal_lm.get_input_embeddings()(token_at), visible, position_ids=(start + t).expand_as(slots),
                 past_key_values=cache, use_cache=True,
-            )  # fmt: skip
+            )
     made = [Completion(ids, ids[-1] in model.end_ids, model.answer(ids).text, logps)
-            for ids, logps in zip(said, said_logps, strict=True)]  # fmt: skip
+            for ids, logps in zip(said, said_logps, strict=True)]
     return [made[p * group : (p + 1) * group] for p in range(num_prompts)]
 
 

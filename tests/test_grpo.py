@@ -127,7 +127,7 @@ def test_clip_low_and_high_are_separate():
         result = grpo_loss(
             logps, torch.tensor([advantage]), torch.ones(1, 1), old_logps=torch.zeros(1, 1),
             epsilon=low, epsilon_high=high,
-        )  # fmt: skip
+        )
         return result[0].item(), result[1]["clip_low"].item(), result[1]["clip_high"].item()
 
     assert loss(1.0, 1.25, 0.2, 0.28) == pytest.approx((-1.25, 0, 0))
@@ -153,7 +153,7 @@ def test_kl_is_added_to_every_counted_token(kl, values, loss_type):
     loss, stats = grpo_loss(
         LOGPS, ADVANTAGES, MASK, old_logps=OLD, ref_logps=LOGPS + differences, beta=0.5, kl=kl,
         loss_type=loss_type, max_completion_tokens=10,
-    )  # fmt: skip
+    )
     assert loss.item() == pytest.approx(expected, abs=1e-9)
     assert stats["kl"].item() == pytest.approx(sum(token_kl) / 4, abs=1e-9)
 
@@ -198,7 +198,7 @@ def test_masked_positions_cannot_do_harm(bad, loss_type):
         loss, stats = grpo_loss(
             logps, ADVANTAGES, MASK, old_logps=OLD + fill, ref_logps=LOGPS + fill, beta=0.1, loss_type=loss_type,
             max_completion_tokens=10,
-        )  # fmt: skip
+        )
         loss.backward()
         return loss, logps.grad, stats["kl"]
 
@@ -215,7 +215,7 @@ def test_infinite_and_huge_log_probs_never_give_inf_or_nan(policy, old, referenc
     loss, stats = grpo_loss(
         logps, torch.tensor([1.0]), torch.ones(1, 2), old_logps=torch.tensor([[old, -1.0]]),
         ref_logps=torch.tensor([[reference, -1.0]]), beta=0.1, kl=kl,
-    )  # fmt: skip
+    )
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
     assert all(math.isfinite(float(value)) for value in stats.values())
