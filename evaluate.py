@@ -282,7 +282,7 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def metrics_of(total: dict, due_classes: set[str]) -> dict[str, np.ndarray]:
-    """total: each count summed over texts, as arrays [B] (one value a bootstrap draw). See docs/evaluation.md.
+    """total: each count summed over texts, as arrays [B] (one value a bootstrap draw). Meanings: docs/evaluation.md.
 
     Without a mention, precision and CHAIR are 0. The macro average goes over the classes that the truth contains; a
     bootstrap draw without a case of some class leaves that one out.
