@@ -24,6 +24,7 @@ from evaluate import (
     table,
 )
 from model import DriveVLM
+from stage3.grpo_reward_func import Evidence
 
 RANGES = {"microscope": [5, 100], "copilot": [2, 6]}
 TRUTH = Truth(frozenset({"car", "person"}), frozenset({"car", "person"}), frozenset({"bus"}), ("person", "car"))
@@ -210,6 +211,22 @@ def test_unreadable_clip_is_left_out_for_all(config, tiny, tmp_path, capsys):
     metrics = evaluate(config)
     assert metrics["clips"] == 2 and set(metrics["left_out"]) == {bad}
     assert bad in capsys.readouterr().err
+
+
+def test_judge_takes_the_place_of_exact_truth(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "detect_clips", lambda videos, *rest: asked.extend(videos) or {})
+    monkeypatch.setattr(evaluation, "load_evidence", lambda cache, entries, settings: {
+        video: Evidence(frozenset({"car", "bus"}), frozenset({"dog"}), frozenset({"car"})) if i else None
+        for i, video in enumerate(sorted({e.video for e in entries}))})
+    config.truth, config.checkpoint = "", config.checkpoint[:1]
+    metrics = evaluate(config)
+    assert len(asked) == 3 and metrics["clips"] == 2 and len(metrics["left_out"]) == 1
+    assert "reversed" not in metrics["systems"] and "judge" in metrics["truth"]
+    rows = [row("A car, a bus and a dog."), row("A car.", "microscope")]
+    truth = {"a.mp4": Truth(frozenset({"car", "bus"}), frozenset({"car"}), frozenset({"dog"}))}
+    block = score(rows, truth, RANGES)
+    assert block["copilot"]["precision"] == block["microscope"]["recall"] == 1 and block["copilot"]["chair_i"] == 0
 
 
 def test_problems_come_together(tmp_path, folders):
