@@ -389,10 +389,8 @@ def _unsaid(caption, first, stop, looks):
             found.update(content[-8:])
         if len(content) >= 6 and sum(looks[j] for j in content[-6:]) > 2:
             found.update(content[-6:])
-    said = any(caption.reading.roles[i] or caption.verbs[i] for i in range(first, stop))
-    if len(content) == stop - first and (stop - first > 2 or not said):
-        found.update(content)
-    if not said and all(word in CONNECTIVE_WORDS for word in words[first:stop]):
+    told = any(caption.reading.roles[i] or caption.verbs[i] for i in range(first, stop))
+    if not told and (len(content) == stop - first or all(word in CONNECTIVE_WORDS for word in words[first:stop])):
         found.update(range(first, stop))
     return found
 

@@ -337,6 +337,7 @@ CARRIERS = frozenset(  # "no sign of pedestrians": the pedestrians are not there
 POST_NEGATORS = BE | {"can", "cannot", "can't", "could", "couldn't"}
 UNSEEN = frozenset("visible present seen detected observed there found evident noticeable apparent shown depicted "
                    "sighted discernible".split())
+LIST_WORDS = frozenset("such like any a an other the or nor and single one".split())  # "no obstacles such as a car"
 EXCEPTIONS = ("other than", "besides", "apart from", "aside from", "except", "except for", "but")
 COLOURS_OF_LIGHT = frozenset("red green yellow amber".split())
 CHANGING = frozenset(
@@ -658,28 +659,23 @@ def read_text(text):
 
 def _continues_list(reading, left, right, last):
     """The phrase right..last goes on with the list whose item ends at word left: "cars, trucks or buses"."""
-    between = reading.words[left + 1:right]
-    if len(between) > 4 or any(b == STOP for b in reading.breaks[left + 1:right + 1]):
+    between, breaks = reading.words[left + 1:right], reading.breaks[left + 1:right + 1]
+    joins = {word for word in between if word in ("or", "nor", "and")}
+    others = {word for word in between if word not in joins}
+    if len(between) > 4 or STOP in breaks or not joins and COMMA not in breaks:
         return False
-    joins = [word for word in between if word in ("or", "and", "nor")]
-    comma = any(b == COMMA for b in reading.breaks[left + 1:right + 1])
-    others = [word for word in between if word not in ("or", "and", "nor")]
-    if not (joins or comma) or any(word in VERB_OF and word not in ATTRIBUTE_OF for word in others):
+    if any(word in VERB_OF and word not in ATTRIBUTE_OF for word in others):
         return False
-    after = _word(reading, last + 1)
-    listed = {"or", "nor"} & set(joins)
-    if any(word in FUNCTION_WORDS or word in NUMBERS for word in others):
-        if not (set(others) <= {"a", "an", "any", "other", "single"} and (listed or comma and not joins)):
-            return False
-        if not listed and after in BE:
-            return False
-    if listed:
-        return True
-    if after in VERB_OF and reading.breaks[last + 1] < COMMA and reading.roles[last + 1] == "":
+    determined = not others.isdisjoint(FUNCTION_WORDS | NUMBERS)
+    bare = others <= {"a", "an", "any", "other", "single"}
+    if joins & {"or", "nor"}:
+        return bare or not determined
+    ends, after = _ends_clause(reading, last + 1), _word(reading, last + 1)
+    if determined and (joins or not bare or after in BE):  # "no cars and a bus", "no cars, a bus is there"
         return False
-    if joins:
-        return True
-    return last + 1 >= len(reading.words) or reading.breaks[last + 1] >= COMMA or after in ("or", "and", "nor")
+    if not ends and after in VERB_OF and not reading.roles[last + 1]:  # "no cars and buses pass"
+        return False
+    return bool(joins) or ends or after in ("or", "and", "nor")
 
 
 def _negate_list(reading, spans, start):
@@ -698,24 +694,18 @@ def _first_after(reading, spans, i):
     carried = False
     for j in range(i, min(i + 9, len(reading.words))):
         word = reading.words[j]
-        if j > i and reading.breaks[j] == STOP or j > i and reading.breaks[j] == COMMA and word not in ("or", "nor"):
+        if reading.breaks[j] == STOP or reading.breaks[j] == COMMA and word not in ("or", "nor"):
             return None
         if j in starts:
             return starts[j]
         if word == "without" or match_phrase(EXCEPTION_INDEX, reading, j)[0]:
             return None
-        if word == "of" and carried:
+        if j == i and word.endswith("ing") and word not in ("oncoming", "encountering", "seeing", "showing"):
+            return None  # "without stopping for the bus"
+        if word in LIST_WORDS or word == "of" and carried or word == "as" and _word(reading, j - 1) == "such":
             continue
-        if word in ("such", "like", "any", "a", "an", "other", "the", "or", "nor", "and", "single", "one"):
-            continue
-        if word == "as" and _word(reading, j - 1) == "such":
-            continue
-        if word in FUNCTION_WORDS or word in VERB_OF and word not in ATTRIBUTE_OF:
-            return None
-        if word.endswith("ing") and j == i and word not in ("oncoming", "encountering", "seeing", "showing"):
-            return None
         carried = carried or word in CARRIERS
-        if word in ABSTRACT and word not in CARRIERS:
+        if word in FUNCTION_WORDS or word in ABSTRACT - CARRIERS or word in VERB_OF and word not in ATTRIBUTE_OF:
             return None
     return None
 
@@ -762,6 +752,25 @@ def _is_double(reading, i):
     return "true that" in " ".join(before) and "not" in before or "false that" in " ".join(before)
 
 
+def _denied_after(reading, spans, i):
+    """Index in spans of the phrase that a negator at word i denies ("no cars", "does not show a car"), or None."""
+    word, following = reading.words[i], _word(reading, i + 1)
+    if reading.roles[i] == "object":  # "no one", "nobody"
+        denies = word in ("no", "nobody")
+        return next(n for n, (first, _) in enumerate(spans) if first == i) if denies else None
+    length, verdict = match_phrase(NEGATOR_INDEX, reading, i)
+    if verdict == "pseudo":  # "no parking", but "no parking meter"
+        return _first_after(reading, spans, i + 1) if reading.roles[i + 1] == "object" else None
+    if verdict == "negates":
+        return None if _is_double(reading, i) else _first_after(reading, spans, i + length)
+    if word in ("not", "cannot") or word.endswith("n't"):
+        if following in SHOWING:
+            return _first_after(reading, spans, i + 2)
+        if following in ("any", "a", "an"):
+            return _first_after(reading, spans, i + 1)
+    return None
+
+
 def _negated_words(reading, claims):
     """First words of the phrases that the text denies."""
     spans = sorted({(claim.first, claim.last) for claim in claims})
@@ -769,25 +778,13 @@ def _negated_words(reading, claims):
     if not spans:
         return negated
     for i, word in enumerate(reading.words):
-        length, verdict = match_phrase(NEGATOR_INDEX, reading, i)
-        if word == "no" and _word(reading, i + 1) == "one" and reading.roles[i] == "object":
-            negated |= _negate_list(reading, spans, next(n for n, span in enumerate(spans) if span[0] == i))
-        elif word in ("nobody",) and reading.roles[i] == "object":
-            negated |= _negate_list(reading, spans, next(n for n, span in enumerate(spans) if span[0] == i))
-        elif length and verdict == "negates" and not _is_double(reading, i):
-            target = _first_after(reading, spans, i + length)
-            negated |= _negate_list(reading, spans, target) if target is not None else set()
-        elif not length and (word == "not" or word == "cannot" or word.endswith("n't")):
-            step = i + 2 if _word(reading, i + 1) in SHOWING else i + 1
-            if step == i + 2 or _word(reading, i + 1) in ("any", "a", "an", "yet") or word in ("isn't", "aren't"):
-                target = _first_after(reading, spans, step)
-                if target is not None and (step == i + 2 or _word(reading, step) in ("any", "a", "an")):
-                    negated |= _negate_list(reading, spans, target)
-        elif word == "free" and reading.breaks[i] == HYPHEN:
-            negated |= {first for first, last in spans if last == i - 1}
-        if word in POST_NEGATORS and _post_negator(reading, i):
+        target = _denied_after(reading, spans, i)
+        if target is None and word in POST_NEGATORS and _post_negator(reading, i):
             target = _denied_before(reading, spans, i)
-            negated |= _negate_list(reading, spans, target) if target is not None else set()
+        if target is not None:
+            negated |= _negate_list(reading, spans, target)
+        if word == "free" and reading.breaks[i] == HYPHEN:  # "car-free"
+            negated |= {first for first, last in spans if last == i - 1}
     return negated
 
 
