@@ -534,9 +534,11 @@ class DriveVLM(nn.Module):
         with seeded(seed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's own
             self.llm = get_peft_model(self.llm, config)  # float32 adapters, also on bfloat16 layers
-        wrapped = sum(hasattr(module, "lora_A") for module in self.llm.modules())
-        if wrapped != len(linears):
-            raise ModelError(f"LoRA wraps {wrapped} modules; the decoder blocks have {len(linears)} linear layers")
+        wrapped = [module for module in self.llm.modules() if hasattr(module, "lora_A")]
+        if len(wrapped) != len(linears):
+            raise ModelError(f"LoRA wraps {len(wrapped)} modules; the decoder blocks have {len(linears)} linear layers")
+        for module in wrapped:  # PEFT would make a float32 copy of each layer's input, which autocast rounds back
+            module.cast_input_dtype_enabled = self.dtype == torch.float32
         self.llm.requires_grad_(False)
         self.llm.train(self.training)
 
@@ -711,9 +713,10 @@ class DriveVLM(nn.Module):
                              + ", ".join(map(str, shape)) + "]")
         b, t = frames.shape[:2]
         device = self.device
-        # The tower runs in its own dtype, not under autocast, and its convolution without TF32: float32 means float32.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), exact:
+        # The tower runs in its own dtype, not under autocast; where that is float32, its convolution is without TF32.
+        exact = self.dtype == torch.float32
+        precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if exact else nullcontext()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), precision:
             parts = []
             for part in frames.flatten(0, 1).split(FRAMES_PER_PASS):
                 pixels = part.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)  # [n, 3, S, S] in -1..1
