@@ -1,7 +1,7 @@
 """Raw captions -> training rows: a chat model rewrites each caption (Microscope) and summarises it (Copilot).
 
-    python augment_captions.py --data raw.json --output data/captions.jsonl
-    torchrun --nproc_per_node 4 augment_captions.py --data raw.json --output data/captions.jsonl
+    python augment_captions.py --data raw.json --output data/captions.json
+    torchrun --nproc_per_node 4 augment_captions.py --data raw.json --output data/captions.json
     python augment_captions.py --data raw.json --output out.jsonl --language_model ANY_CHAT_MODEL --num_rewrites 2
 
 Reads every form of row that training reads and writes one row a clip: {"video", "microscope": [original, rewrites ..],
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dataset import DataError, clip_key, find_control_text, load_entries
-from stage3.vocabulary_config import mention_sets
+from stage3.vocabulary_config import find_mentions
 from training import fail, load_config, model_problem, opt, print0, process_rank
 
 # The two prompts, the only place where they stand. {least} and {most} are words.
@@ -64,7 +64,7 @@ class AugmentConfig:
     """Caption augmentation"""
 
     data: str = opt("data/raw_captions.json", "raw captions: JSON, JSONL, or a folder of them, in any form of row")
-    output: str = opt("data/captions.jsonl", "rows to train on; beside it a folder NAME.augment holds parts and report")
+    output: str = opt("data/captions.json", "rows to train on, .json or .jsonl; beside it a folder FILE.augment")
     language_model: str = opt("Qwen/Qwen3-4B-Instruct-2507", "teacher: causal LM with a chat template, folder or name")
     default_mode: Literal["microscope", "copilot"] = opt("microscope", "mode of rows whose question is not known")
     dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "of the teacher's weights")
@@ -196,7 +196,6 @@ class Teacher:
         self.pad_id = self.end_ids[0] if pad is None else pad
         # Nothing of the published generation settings (penalties, minimal lengths, temperatures) may slip in.
         self.model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=self.pad_id)
-        self.context = getattr(self.model.config, "max_position_embeddings", None) or math.inf
 
     def _find_end_ids(self):
         """All eos ids of model and tokenizer, and the token that the template writes behind an answer."""
@@ -225,9 +224,7 @@ class Teacher:
         if not requests:
             return []
         prompts = {r.prompt: self.encode(r.prompt) for r in requests}
-        limits = [min(self.token_limit(r), self.context - len(prompts[r.prompt])) for r in requests]
-        if min(limits) < 1:
-            raise RuntimeError(f"a caption fills the teacher's context of {self.context} tokens: {requests[0].source}")
+        limits = [self.token_limit(r) for r in requests]
         length = max(len(ids) for ids in prompts.values())
         rows = [[self.pad_id] * (length - len(prompts[r.prompt])) + prompts[r.prompt] for r in requests]
         mask = [[0] * (length - len(prompts[r.prompt])) + [1] * len(prompts[r.prompt]) for r in requests]
@@ -286,9 +283,8 @@ def overlap(a, b, n=4):
 
 
 def claims(text):
-    """The objects that a text names, and those that it only denies as "no NAME"."""
-    named, denied = mention_sets(text)
-    return named | {f"no {name}" for name in denied}
+    """What a text says of objects: "car", or "no car" where it denies one."""
+    return {("no " if mention.negated else "") + mention.object for mention in find_mentions(text)}
 
 
 def find_fault(text, ended, limits, source, others, config, tokenizer):
@@ -401,17 +397,20 @@ def merge(clips, folder, config, settings):
         output = stack.enter_context(replacing(Path(config.output)))
         drops = stack.enter_context(replacing(folder / "dropped.jsonl"))
         parts = {path: stack.enter_context(path.open("rb")) for path, _ in places.values()}
-        for _, (path, offset) in sorted(places.items()):
+        is_list = Path(config.output).suffix == ".json"
+        for number, (path, offset) in sorted(places.items()):
             parts[path].seek(offset)
             part = json.loads(parts[path].readline())
             row, log = part["row"], part["log"]
-            output.write(json.dumps(row, ensure_ascii=False) + "\n")
+            line = json.dumps(row, ensure_ascii=False)
+            output.write((",\n" if number else "[\n") + line if is_list else line + "\n")
             for mode, counts in log.items():
                 tally[mode].update({key: counts[key] for key in tally[mode]})
                 reasons[mode].update(drop["reason"] for drop in counts["dropped"])
                 empty[mode] += [] if mode in row else [row["video"]]
                 for drop in counts["dropped"]:
                     drops.write(json.dumps({"video": row["video"], "mode": mode, **drop}, ensure_ascii=False) + "\n")
+        output.write("\n]\n" if is_list else "")
         report = {"output": config.output, "clips": len(clips), "settings": settings, "modes": {
             mode: {**tally[mode], "dropped": reasons[mode], "clips_without": empty[mode]} for mode in PROMPTS}}
         with replacing(folder / "report.json") as file:
@@ -508,7 +507,7 @@ def sample_rows(clips, folder, config, tokenizer, make_teacher):
 
 def main(argv=None, make_teacher=Teacher):
     config = load_config(AugmentConfig, argv, description=__doc__)
-    folder = Path(config.output).with_suffix(".augment")
+    folder = Path(f"{config.output}.augment")
     clips, tokenizer, settings = prepare(config, folder)
     try:
         with FileLock(folder / f"part-{process_rank()[0]:05d}.lock", timeout=0):

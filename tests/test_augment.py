@@ -67,7 +67,7 @@ def tokenizer(tiny):
     (SUMMARY.replace("the truck", "the bus"), "invented_object", "bus"),
     (SUMMARY.replace("a pedestrian", "a cyclist"), "invented_object", "bicycle"),
     (SUMMARY + " No buses are in sight.", "invented_object", "no bus"),  # said to be absent, by nobody
-    (SUMMARY + " No pedestrians are in sight.", None, ""),  # named as there too, so not denied
+    (SUMMARY + " No pedestrians are in sight.", "invented_object", "no person"),
 ])
 def test_each_fault_is_found_and_named(tokenizer, text, reason, detail):
     fault = find_fault(text, True, (30, 60), SOURCE, [], AugmentConfig(), tokenizer)
@@ -146,7 +146,8 @@ def test_sampling_follows_the_distribution_and_its_limits():
 
 
 def requests_of(lengths):
-    return [Request("Tell it again. " + "car " * n, 100 + n, "A red car stops at the light.", 12) for n in lengths]
+    source = "A red car stops at the light."
+    return [Request("Tell it again. " + "car " * n, 100 + n, source, 8 + n % 5) for n in lengths]
 
 
 def make_teacher(folder, **changes):
@@ -231,11 +232,11 @@ def scene(tiny, tmp_path):
         return aug.main([str(a) for a in argv], make)
 
     def files(name):
-        kept = [tmp_path / f"{name}.jsonl", tmp_path / f"{name}.augment/dropped.jsonl"]
+        kept = [tmp_path / f"{name}.jsonl", tmp_path / f"{name}.jsonl.augment/dropped.jsonl"]
         return [file.read_bytes() for file in kept]
 
-    return SimpleNamespace(raw=raw, run=run, files=files, root=tmp_path,
-                           folder=lambda name: tmp_path / f"{name}.augment")
+    return SimpleNamespace(raw=raw, run=run, files=files, root=tmp_path, llm=tiny.llm,
+                           folder=lambda name: tmp_path / f"{name}.jsonl.augment")
 
 
 def rows_of(path):
@@ -263,6 +264,13 @@ def test_rows_report_and_table(scene, capsys):
     assert "dropped: markup" in table and str(scene.root / "out.jsonl") in table
 
 
+def test_json_and_jsonl_hold_the_same_rows(scene):
+    scene.run("out")
+    argv = ["--data", scene.raw, "--output", scene.root / "list.json", "--language_model", scene.llm, *FLAGS]
+    assert aug.main([str(a) for a in argv], Script) == 0
+    assert json.loads((scene.root / "list.json").read_text()) == rows_of(scene.root / "out.jsonl")
+
+
 def test_killed_runs_end_in_the_same_file(scene, capsys):
     scene.run("whole")
     for batches in (1, 2, 5, 11):  # two batches of texts, one for each mode, are two clips
@@ -274,15 +282,12 @@ def test_killed_runs_end_in_the_same_file(scene, capsys):
         lines = part.read_bytes().splitlines(keepends=True)
         assert len(lines) == batches // 2 * 2
         if lines:  # killed in the middle of a line, then in the middle of a batch of two clips
-            part.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+            kept = len(lines[-1]) // 2 if batches != 5 else -1  # -1: all but the newline
+            part.write_bytes(b"".join(lines[:-1]) + lines[-1][:kept])
         assert scene.run(name) == 0
         assert scene.files(name) == scene.files("whole")
     assert scene.run("whole") == 0 and Script.calls == 0  # nothing left to sample, only put together anew
     assert scene.files("whole") == scene.files("cut1")
-    # a line that is whole but for its newline is cut off by the next writer and so must not count as done
-    part.write_bytes(part.read_bytes()[:-1])
-    assert scene.run(name) == 0
-    assert len(part.read_bytes().splitlines()) == 11 and scene.files(name) == scene.files("whole")
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
