@@ -50,13 +50,14 @@ class ConfigError(SystemExit):
 
 
 def fail(problems: list[str], title: str = "nothing was started") -> typing.NoReturn:
-    """Print all problems as one message on stderr (rank 0) and leave with exit code 2."""
+    """Print all problems as one message on stderr and leave with exit code 2."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = [f"{Path(sys.argv[0]).name or 'drive-vlm'}: {count}, {title}:"]
     lines += ["  - " + problem.replace("\n", "\n    ") for problem in problems]
     text = "\n".join(lines)
-    if process_rank()[0] == 0:
-        print(text, file=sys.stderr, flush=True)
+    if process_rank()[0] != 0:
+        time.sleep(3)  # rank 0 most likely says the same; torchrun then ends this process before it speaks
+    print(text, file=sys.stderr, flush=True)
     raise ConfigError(text)
 
 
@@ -172,8 +173,9 @@ def _short_names(cls) -> dict[str, str]:
 
 
 def _nearest(key, valid) -> str:
-    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else " (see --help for the valid ones)"
+    initials = [name for name in valid if key == "".join(word[:1] for word in name.split("_"))]  # lr: learning_rate
+    close = initials or difflib.get_close_matches(key, list(valid), n=1, cutoff=0.0)
+    return f" (did you mean {close[0]!r}?)"
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict:

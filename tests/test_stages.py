@@ -319,12 +319,12 @@ def test_broken_clip_is_skipped_counted_named_and_never_swapped(tiny, tmp_path, 
 
     monkeypatch.setattr(trainer_module.StageTrainer, "compute_loss", spy)
     folder = stage1(tiny, tmp_path / "run", video_root=with_broken_clip(tiny, tmp_path, broken), max_failed_share=0.5,
-                    per_device_batch_size=1, gradient_accumulation_steps=4, max_steps=2)  # one epoch
+                    per_device_batch_size=1, gradient_accumulation_steps=4, max_steps=4)  # two epochs
     seen = sorted(name for ids, labels in batches for name in ids if labels)
-    assert seen == sorted(entry.id for entry in train if entry.video != broken)
-    assert sum(labels == 0 for _, labels in batches) == 2  # micro-batches without any clip: a zero loss, with a graph
+    assert seen == sorted(2 * [entry.id for entry in train if entry.video != broken])
+    assert sum(labels == 0 for _, labels in batches) == 4  # micro-batches without any clip: a zero loss, with a graph
     rows = steps(folder)
-    assert rows[2]["failed_clips"] == 1 and rows[2]["loss"] > 0
+    assert rows[4]["failed_clips"] == 1 and rows[4]["loss"] > 0
     log = (folder / "train.log").read_text()
     assert "skipped clip 1 of 6" in log and broken in log and "skipped clip 2" not in log
     state = load_file(folder / "model" / "projector.safetensors")

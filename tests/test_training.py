@@ -95,6 +95,7 @@ def test_all_problems_come_at_once_with_the_nearest_key(tmp_path, capsys):
     (["--learning_rate", "nan"], "learning_rate must be above 0"),
     (["--activation_checkpointing", "perhaps"], "true or false"),
     (["--seed"], "--seed: expected one argument"),
+    (["--lr", "1e-3"], "unknown flag --lr (did you mean 'learning_rate'?)"),
     (["--config", "nowhere.yaml"], "config file nowhere.yaml not found"),
 ])
 def test_values_that_cannot_work(argv, word, capsys):
