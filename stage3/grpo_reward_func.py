@@ -56,7 +56,7 @@ class ModeSettings:
 
 MODES = {
     "microscope": ModeSettings((10, 40, 500, 900), 4, 3, (0.0, 0.7, 1.0), 3, 0.4, 0.45),
-    "copilot": ModeSettings((1, 4, 20, 80), 2, 1, (0.0, 1.0), 1, 0.2, 0.3),
+    "copilot": ModeSettings((1, 4, 20, 70), 2, 1, (0.0, 1.0), 1, 0.2, 0.3),
 }
 
 
@@ -406,7 +406,8 @@ def new_words_share(caption):
         facts, who = set(), set()
         for clause in clauses:
             span = range(clause.first, clause.stop)
-            who = {claim.classes for claim in clause.claims} or ({("ego",)} if clause.ego else who)
+            named = {claim.classes for claim in clause.claims if not claim.negated}
+            who = named or ({("ego",)} if clause.ego else set() if clause.claims else who)
             facts |= {(name, "is") for name in who if name != ("ego",)}
             facts |= {(name, words[i]) for name in who for i in span if caption.attributes[i] or caption.verbs[i]}
             facts |= {caption.scenes[i] for i in span} & scenes
