@@ -402,7 +402,7 @@ def test_random_model_killed_under_torchrun_then_one_process(scene, tiny):
     """Two processes are killed half-way with SIGKILL; one process ends the run; the bytes are those of one run."""
     raw = scene.root / "short.json"
     raw.write_text(json.dumps([{"video": f"{n}.mov", "microscope": [f"A red car stops at light {n}. Then it turns."]}
-                               for n in range(16)]))
+                               for n in range(8)]))
     argv = ["augment_captions.py", "--data", raw, "--language_model", tiny.llm, "--dtype", "float32",
             "--clips_per_batch", 1, "--summary_min_words", 3, "--summary_max_words", 12, "--num_rewrites", 2,
             "--num_summaries", 3, "--spares", 1]
@@ -414,7 +414,7 @@ def test_random_model_killed_under_torchrun_then_one_process(scene, tiny):
     log = (scene.root / "log.txt").open("w+")
     launcher = psutil.Popen([*command, "--output", str(scene.root / "cut.jsonl")], cwd=ROOT, env=environment,
                             stdout=log, stderr=log)
-    parts, deadline = [scene.folder("cut") / f"part-0000{rank}.jsonl" for rank in (0, 1)], time.monotonic() + 120
+    parts, deadline = [scene.folder("cut") / f"part-0000{rank}.jsonl" for rank in (0, 1)], time.monotonic() + 300
     while not any(part.exists() and part.stat().st_size for part in parts):
         assert launcher.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
         time.sleep(0.005)
@@ -423,7 +423,7 @@ def test_random_model_killed_under_torchrun_then_one_process(scene, tiny):
         process.kill()
     psutil.wait_procs(processes)
     done = sum(len(part.read_bytes().splitlines()) for part in parts if part.exists())
-    assert 0 < done < 16 and not (scene.root / "cut.jsonl").exists()
+    assert 0 < done < 8 and not (scene.root / "cut.jsonl").exists()
     assert aug.main([*argv[1:], "--output", str(scene.root / "cut.jsonl")]) == 0
     assert scene.files("cut") == scene.files("whole")
     assert len(scene.files("whole")[1]) > 1000  # a random model's texts are dropped, and compared here
