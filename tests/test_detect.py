@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dataset import Entry, frame_indices
-from demo.assemble_detector import assemble, build_network
+from demo.assemble_detector import BASE, assemble, build_network
+from demo.base_detector import IMAGE_SIZE, measure
 from stage3 import detect_objects
 from stage3.detect_objects import (
     DetectionError,
@@ -143,6 +144,15 @@ def entries(tiny):
 def test_assembly_is_reproducible(weights, tmp_path):
     again = assemble(weights.parent, tmp_path / "other" / "name.pt")
     assert again.read_bytes() == weights.read_bytes()
+
+
+def test_the_shipped_detector_knows_the_toy_world(tmp_path):
+    assert {file.suffix for file in BASE.iterdir()} <= {".safetensors", ".json", ""}  # no pickle
+    measured, table = measure(BASE, 8, DetectorSettings(weights="", image_size=IMAGE_SIZE, num_frames=15))
+    assert measured["all"]["precision"] >= 0.9 and measured["all"]["recall"] >= 0.85, table
+    shipped = json.loads((BASE / "detector.json").read_text())["measured"]
+    assert shipped["all"]["precision"] >= 0.9 and shipped["all"]["recall"] >= 0.85
+    assert len(shipped) == 9 and all(row["recall"] >= 0.7 for row in shipped.values())
 
 
 def test_frames_reach_the_detector_as_bgr(settings):
