@@ -536,13 +536,7 @@ def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
     """
     if cache_dir is None:
         return read_frames(path, num_frames, size)
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise VideoError(path, "no such file" if not path.exists() else "not a file")
-    stat = path.stat()
-    key = json.dumps([str(path), stat.st_size, stat.st_mtime_ns, num_frames, size, "decord"])
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    file = Path(cache_dir) / name[:2] / f"{name}.frames"
+    file, key = _cache_place(path, num_frames, size, cache_dir)
     shape = (num_frames, size, size, 3)
     frames = _read_cache(file, key, shape)
     if frames is not None:
@@ -550,7 +544,7 @@ def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
     locks = Path(cache_dir) / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(locks / f"{name[:3]}.lock", timeout=LOCK_TIMEOUT):
+        with FileLock(locks / f"{file.name[:3]}.lock", timeout=LOCK_TIMEOUT):
             frames = _read_cache(file, key, shape)  # another process may have made it while we waited
             if frames is None:
                 frames = read_frames(path, num_frames, size)
@@ -559,6 +553,22 @@ def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
     except Timeout as error:
         raise VideoError(path, f"another process has been decoding for {LOCK_TIMEOUT:.0f} s") from error
     return frames
+
+
+def is_cached(path, num_frames: int, size: int, cache_dir) -> bool:
+    """Is there a cache file for this clip and these settings? Its content is checked when it is read."""
+    return _cache_place(path, num_frames, size, cache_dir)[0].is_file()
+
+
+def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str]:
+    """(cache file, the text that tells what it must hold); raises VideoError where there is no clip."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise VideoError(path, "no such file" if not path.exists() else "not a file")
+    stat = path.stat()
+    key = json.dumps([str(path), stat.st_size, stat.st_mtime_ns, num_frames, size, "decord"])
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(cache_dir) / name[:2] / f"{name}.frames", key
 
 
 def _read_cache(file: Path, key: str, shape: tuple) -> np.ndarray | None:
