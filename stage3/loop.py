@@ -196,7 +196,7 @@ class GroupTrainer:
         """
         config, group = self.config, self.config.num_generations
         if not records:
-            return {}, {}
+            return {}, Counter()
         rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64).view(-1, group)  # [B, G]
         advantages = group_advantages(rewards, config.advantage_scale, config.std_floor)
         live, totals, passes = {}, Counter(), Counter()
@@ -223,7 +223,7 @@ class GroupTrainer:
         """
         config, size = self.config, self.config.per_device_batch_size
         stats = {"updates": 0}
-        if not totals:
+        if not totals["rows"]:
             return stats, None
         passes = [batch[i : i + size] for i in range(0, len(batch), size)]
         references, olds, sums = [None] * len(passes), [None] * len(passes), Counter()

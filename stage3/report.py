@@ -103,7 +103,7 @@ def svg_curve(rows, series, low=None, high=None):
     for share in (0.0, 0.5, 1.0):
         y, value = bottom - share * (bottom - top), low + share * (high - low)
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y}" y2="{y}" stroke="#e4e7ec"/>'
-                     f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
+                     f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{value:.2g}</text>')
     parts.append(f'<text x="{left}" y="138">{first}</text><text x="{right}" y="138" text-anchor="end">{last}</text>')
     for key, line in points.items():
         colour, dash = series[key]
@@ -118,7 +118,7 @@ def svg_curve(rows, series, low=None, high=None):
 
 def curves(rows):
     """All plots, one colour a mode."""
-    by_mode = [("Reward", "reward", 0.0, 1.0), *((f"{name} ({weight:.2f})", name, 0.0, 1.0) for name, weight in PARTS),
+    by_mode = [("Reward", "reward", 0.0, 1.0), *((f"{name.capitalize()} ({weight:.2f})", name, 0.0, 1.0) for name, weight in PARTS),
                ("Tokens an answer", "length", 0.0, None), ("Share cut off", "truncated", 0.0, 1.0)]
     plots = []
     for title, key, low, high in by_mode:
@@ -130,7 +130,7 @@ def curves(rows):
     plots += [(title, svg_curve(rows, {key: grey}, 0.0)) for title, key in (
         ("KL to stage 2, nats a token", "kl"), ("Entropy, nats a token", "entropy"),
         ("Std inside a group", "reward_std"), ("Share of dead groups", "dead_groups"))]
-    drawn = "".join(f'<div class="plot"><h3>{title.capitalize()}</h3>{svg}</div>' for title, svg in plots if svg)
+    drawn = "".join(f'<div class="plot"><h3>{title}</h3>{svg}</div>' for title, svg in plots if svg)
     key = " &nbsp; ".join(f'<i style="color:{COLOURS[mode]}"></i> {mode.capitalize()}' for mode in MODES)
     return f'<p class="key">{key} &nbsp; <span class="soft">dots: greedy answers on held-out clips</span></p>' \
            f'<div class="grid">{drawn}</div>'
