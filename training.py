@@ -651,7 +651,7 @@ def find_resume(run: Run, resume: str, config) -> Path | None:
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 PANELS = {
-    "loss": ["loss", "eval_loss"],
+    "loss": ["loss", "eval_loss", "eval_loss_microscope", "eval_loss_copilot"],
     "learning rate": ["learning_rate"],
     "gradient norm": ["grad_norm"],
     "tokens / s": ["tokens_per_second"],
@@ -702,14 +702,16 @@ def plot_curves(metrics, picture, panels: dict[str, list[str]] | None = None):
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
         for colour, key in zip(COLOURS * len(keys), keys, strict=False):
             steps, values = zip(*series[key], strict=True)
+            name = key.replace("eval_loss", "held-out").replace("_", " ")
             if key.startswith("eval_"):
-                axis.plot(steps, values, "o-", color=colour, markersize=3.5, linewidth=1.4, label="held-out clips")
+                axis.plot(steps, values, "o-", color=colour, markersize=3.5, linewidth=1.2, label=name)
                 continue
-            busy = len(values) > 30
-            axis.plot(steps, values, color=colour, alpha=0.25 if busy else 1.0, linewidth=1,
-                      label=None if busy else key.replace("_", " "))
-            if busy:
-                axis.plot(steps, _smooth(values, 0.9), color=colour, linewidth=1.8, label=key.replace("_", " "))
+            noisy = len(values) > 30 and not key.startswith("learning_rate")
+            axis.plot(steps, values, color=colour, alpha=0.25 if noisy else 1.0, linewidth=1 if noisy else 1.6,
+                      label=None if noisy else name)
+            if noisy:  # averaged over about a twentieth of the run
+                smooth = _smooth(values, 1 - 1 / max(5, len(values) / 20))
+                axis.plot(steps, smooth, color=colour, linewidth=1.8, label=name)
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
