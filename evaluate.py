@@ -80,6 +80,8 @@ class EvaluateConfig(DataConfig):
             found.append(f"control: no checkpoint is called {self.control!r}")
         found += [f"{key}: not found: {path}" for key, path in (("data", self.data), ("video_root", self.video_root),
                   ("truth", self.truth)) if path and not Path(path).exists()]
+        if any((Path(self.output_dir) / name).exists() for name in ("train.log", "model")):
+            found.append(f"output_dir: {self.output_dir} is a training run's folder; give another with --output_dir")
         if not self.truth:
             found += check_settings(self.judge, "judge")
         for key in ("microscope_words", "copilot_words"):

@@ -44,7 +44,7 @@ class DetectionError(RuntimeError):
 
 @dataclass
 class DetectorSettings:
-    """How clips are looked at (the first block; it makes the cache's folder) and what the boxes are taken to mean."""
+    """Detector: how clips are looked at (this makes the cache's folder), and what its boxes are taken to mean"""
 
     weights: str = opt("yolov8x.pt", "a weights file, or a known name such as yolov8x.pt, which is then downloaded")
     image_size: int = opt(1280, "longer side of the frames as the detector sees them; 640 loses far traffic lights")
@@ -437,9 +437,8 @@ class DetectConfig(DataConfig):
 
 
 def main(argv: list[str] | None = None) -> int:
-    from train_stage3 import Stage3Config
-
     from evaluate import EvaluateConfig
+    from train_stage3 import Stage3Config
 
     config = load_config(DetectConfig, argv, default_config="configs/stage3.yaml", description=__doc__,
                          also=(Stage3Config, EvaluateConfig))

@@ -237,6 +237,7 @@ def test_problems_come_together(tmp_path, folders):
                  "no.json", "copilot_words", "temperature", "data/captions.json"):
         assert part in text
     assert "none given" in "\n".join(EvaluateConfig().problems())
+    assert "training run's folder" in "\n".join(EvaluateConfig(output_dir=str(folders / "stage1")).problems())
 
 
 def test_generate_prints_the_answer(folders, tiny, capsys):
