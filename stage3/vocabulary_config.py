@@ -142,9 +142,10 @@ COMPOUND_HEADS = {
     "": "sign symbol marking lane path pathway route trail rack station terminal shelter depot bay rank "
         "driver shop store dealership dealer rental repair wash area zone bridge overpass underpass tunnel traffic "
         "activity movement flow presence infrastructure safety access life viewpoint perspective interaction "
-        "interference parking service restaurant place court field booth pole toll lot registration ramp",
+        "interference parking service restaurant place court field booth pole toll lot registration ramp "
+        "logo engagement dynamic scene density heavy oriented focused",
     "pedestrian": "crossing crosswalk walkway sidewalk signal light button island refuge mall street barrier space "
-                  "friendly stripe warning",
+                  "friendly stripe warning barricade",
     "train": "crossing track line platform rail structure stop",
     "bus": "line ad stand stop", "taxi": "stand stop", "truck": "bed stop", "tram": "line stop",
     "car": "park port pool seat horn radio stereo audio alarm mirror dashboard hood windshield window interior ride "
@@ -190,8 +191,8 @@ EGO = (
 )
 # "car" and "vehicle" are the camera's own after one of these ("from inside a moving car") ...
 EGO_BEFORE = re.compile(
-    r"\b(inside|within|aboard|interior of|equipped|perspective of|viewpoint of|view of someone in|vantage point of|"
-    r"point of view of|mounted in|mounted on|from)"
+    r"\b(inside|within|aboard|interior of|interior|equipped|perspective of|viewpoint of|vantage point of|"
+    r"view of someone in|point of view of|mounted in|mounted on|from)"
     r"(?: (?:a|an|the|another))?(?: (?P<state>moving|driving|stationary|travelling|traveling|stopped|parked))?$"
 )
 # "from the perspective of someone inside a vehicle": an eye, not a person in the picture.
@@ -317,8 +318,10 @@ NEGATOR_PHRASES = (
     "not any", "not a", "not an", "not one", "lack of", "lacking in", "absence of", "devoid of", "free of", "free from",
     "clear of", "empty of", "absent of", "void of", "bare of", "none of",
 )
-SHOWING = frozenset("show shows include includes contain contains see feature features depict reveal have involve "
-                    "encounter meet capture spot".split())  # "does not show", "cannot see"
+SHOWING = frozenset(  # "does not show", "cannot see"
+    "show shows showcase display present include includes contain contains see feature features depict reveal have "
+    "involve encounter meet capture spot".split()
+)
 PSEUDO = (  # these look like a negation and are none
     "no longer", "not only", "not just", "not merely", "not simply", "no doubt", "no matter", "no sooner", "no fewer",
     "no less", "not far", "no different", "not without", "no time", "no wonder", "no fewer than", "no parking",
@@ -538,7 +541,7 @@ def _is_compound(reading, first, head):
         return False
     opens = first == 0 or reading.breaks[first] >= COMMA
     ends = _ends_clause(reading, head + 1)
-    if noun in ("stops", "parks", "lines", "stands", "signs", "signals"):  # a verb, unless several are meant
+    if noun in ("stops", "parks", "lines", "stands"):  # a verb, unless several are meant
         several = not opens and before in NUMBERS | PREPOSITIONS | {"these", "those", "some", "all", "other", "and"}
         return several or not ends and (after in AUXILIARIES or after in ("line", "dot", "appear"))
     if noun == "crossing":
@@ -768,6 +771,8 @@ def _denied_after(reading, spans, i):
             return _first_after(reading, spans, i + 2)
         if following in ("any", "a", "an"):
             return _first_after(reading, spans, i + 1)
+        if _word(reading, i + 2) == "any":  # "does not reveal any"
+            return _first_after(reading, spans, i + 2)
     return None
 
 

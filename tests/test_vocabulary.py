@@ -103,7 +103,9 @@ def test_verb_forms():
     ("The ego vehicle, our car and the camera car drive on.", []),
     ("The video is filmed from inside a moving car.", []),
     ("from the perspective of someone inside a vehicle", []),
-    ("the car's dashboard", []),
+    ("the car's dashboard and interior car elements", []),
+    ("a pedestrian-heavy zone with pedestrian barricades", []),
+    ("The pedestrian signals change.", []),
     ("People step out from parked cars.", ["person", "car"]),
     # several classes satisfy these
     ("Vehicles, a van, a pickup truck and a tram", []),
@@ -148,6 +150,7 @@ def test_mentions(text, expected):
     ("There is not a single person.", ["-person"]),
     ("The video does not show a bus.", ["-bus"]),
     ("The camera cannot see any cars.", ["-car"]),
+    ("It doesn't reveal any pedestrians or dogs.", ["-person", "-dog"]),
     ("Nobody is on the road. No one crosses.", ["-person", "-person"]),
     ("A car-free street.", ["-car"]),
     ("Stop signs are not visible.", ["-stop sign"]),
