@@ -339,7 +339,7 @@ def score(predictions: list[dict], truth: dict[str, Truth], ranges: dict[str, li
         total = totals(by_clip, draws, videos)
         values = metrics_of(total, due_classes)
         block[mode] = {key: round(float(value[0]), 4) for key, value in values.items()}
-        block[mode]["order_pairs"] = int(total["pairs"][0])
+        block[mode] |= {"mentions": int(total["mentions"][0]), "order_pairs": int(total["pairs"][0])}
         block[mode]["interval"] = {key: np.percentile(value[1:], [2.5, 97.5]).round(4).tolist()
                                    for key, value in values.items()}
     right = [all(both) for both in in_range.values() if len(both) == len(MODES)]
@@ -353,7 +353,9 @@ def score(predictions: list[dict], truth: dict[str, Truth], ranges: dict[str, li
 
 def cell(block: dict, key: str, decimals: int) -> str:
     """`0.79 ±.05`, half of the interval's width behind the sign; a dash where the number means nothing."""
-    if key == "order" and not block["order_pairs"] or key == "tokens_per_second" and not block[key]:
+    needs = {"order": "order_pairs", "precision": "mentions", "chair_i": "mentions", "chair_s": "mentions",
+             "tokens_per_second": "tokens_per_second"}
+    if key in needs and not block[needs[key]]:
         return "–"
     low, high = block["interval"][key]
     spread = f"{(high - low) / 2:.{decimals}f}"

@@ -289,6 +289,22 @@ def test_missing_weights_are_named(tmp_path):
         detect_clips(["a.mp4"], tmp_path, DetectorSettings(weights=str(tmp_path / "nothing.pt")), tmp_path)
 
 
+def test_command_line(tiny, settings, tmp_path, capsys):
+    flags = ["--data", tiny.data, "--video_root", tiny.videos, "--evidence_cache", tmp_path, "--num_frames", "3",
+             "--num_val_videos", "2"]
+    (tmp_path / "none.yaml").write_text("seed: 42\n")
+    flags += ["--config", tmp_path / "none.yaml", "--detector", settings.weights, "--detector.image_size", "64"]
+    assert detect_objects.main([*flags, "--detector.num_frames", "5"]) == 0
+    assert "6 clips with evidence, 0 failed" in capsys.readouterr().out
+    judge = ["--which", "judge", "--judge", settings.weights, "--judge.image_size", "96", "--judge.num_frames", "4"]
+    assert detect_objects.main([*flags, *judge]) == 0
+    assert "2 clips with evidence, 0 failed" in capsys.readouterr().out  # the held-out ones
+    with pytest.raises(SystemExit) as stop:
+        detect_objects.main([*flags, "--detector.num_frames", "4", "--detector", "gone.pt"])
+    assert stop.value.code == 2 and "2 problems" in (text := capsys.readouterr().err)
+    assert "gone.pt" in text and "use 3, 5, 7" in text
+
+
 def test_native_aspect(tiny):
     indices, times, frames = read_clip(tiny.videos / "car.mp4", 31)
     assert frames.shape == (20, 180, 320, 3)  # 20 frames there, none twice

@@ -15,6 +15,7 @@ from dataset import MODES, Entry, load_entries, split_by_video
 from evaluate import (
     EvaluateConfig,
     Truth,
+    cell,
     change_frames,
     coloured,
     constant_caption,
@@ -96,6 +97,7 @@ def test_truth_of_nothing():
 def test_nothing_said_scores_nothing():
     block = score([row("", mode) for mode in MODES], {"a.mp4": TRUTH}, RANGES)["copilot"]
     assert block["precision"] == block["recall"] == block["f1_micro"] == block["chair_i"] == 0
+    assert cell(block, "chair_i", 2) == "–" and cell(block, "recall", 2) == "0.00 ±.00"
 
 
 def test_repetition():
