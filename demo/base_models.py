@@ -190,8 +190,22 @@ def build_vision(folder, steps=900, num_clips=500, batch=24):
     tower.eval()
     f1 = clip_f1(tower, head)
     say(f"vision: clip-level F1 {f1:.3f} on 60 fresh clips")
+    standardize(tower, frames[::10])
     tower.to(torch.bfloat16).save_pretrained(folder)
     return {"clip_f1": round(f1, 3)}
+
+
+@torch.no_grad()
+def standardize(tower, frames):
+    """Shift and scale the last layer norm so that each channel has mean 0 and variance 1 over `frames`.
+
+    Without it most of every patch's vector is the same constant, in which a fresh projector drowns.
+    """
+    hidden = torch.cat([tower(pixel_values=pixels(part)).last_hidden_state for part in np.array_split(frames, 20)])
+    mean, std = hidden.mean((0, 1)), hidden.std((0, 1))
+    norm = tower.get_submodule("post_layernorm")
+    norm.bias.copy_((norm.bias - mean) / std)
+    norm.weight.div_(std)
 
 
 @torch.no_grad()
