@@ -58,6 +58,7 @@ COMPANION = {"light_red": "person", "stop_sign": "person", "bus_oncoming": "car"
 COMPANION_RATE = 0.22
 INVENTION_RATE = 0.88
 HELD_OUT_PAIRS = (("bus", "bicycle"), ("truck", "motorcycle"), ("stop sign", "truck"))  # classes, in either order
+HELD_OUT_SHARE = 0.25  # of the held-out clips hold such a pair
 NUM_HELD_OUT = 40
 SPLIT_SEED = 42
 VARIANTS = 4
@@ -148,7 +149,7 @@ def make_script(seed, held_out=False):
     """Decide what happens. seed: an int or a tuple of ints; the same one gives the same script."""
     seed = tuple(np.atleast_1d(seed).tolist())
     rng = np.random.default_rng([*seed, int(held_out)])
-    wants_reserved = held_out and rng.random() < 0.4
+    wants_reserved = held_out and rng.random() < HELD_OUT_SHARE
     while True:
         kinds = draw_kinds(rng)
         reserved = is_reserved([KINDS[kind] for kind in kinds])
