@@ -677,6 +677,29 @@ def _smooth(values: list[float], weight: float) -> list[float]:
     return result
 
 
+def _draw_panel(axis, title: str, curves: dict[str, list[tuple]]):
+    """One panel: {key: [(step, value), ..]}; many noisy values are drawn faintly under their moving average."""
+    for colour, (key, points) in zip(COLOURS * len(curves), curves.items(), strict=False):
+        steps, values = zip(*points, strict=True)
+        name = key.replace("eval_loss", "held-out").replace("_", " ")
+        if key.startswith("eval_"):
+            axis.plot(steps, values, "o-", color=colour, markersize=3.5, linewidth=1.2, label=name)
+            continue
+        noisy = len(values) > 30 and not key.startswith("learning_rate")
+        axis.plot(steps, values, color=colour, alpha=0.25 if noisy else 1.0, linewidth=1 if noisy else 1.6,
+                  label=None if noisy else name)
+        if noisy:  # averaged over about a twentieth of the run
+            smooth = _smooth(values, 1 - 1 / max(5, len(values) / 20))
+            axis.plot(steps, smooth, color=colour, linewidth=1.8, label=name)
+    axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axis.legend(fontsize=8, frameon=False)
+
+
 def plot_curves(metrics, picture, panels: dict[str, list[str]] | None = None):
     """Draw metrics.jsonl as a grid of panels, {title: keys of one panel}; panels without any value are left out."""
     import matplotlib
@@ -700,25 +723,7 @@ def plot_curves(metrics, picture, panels: dict[str, list[str]] | None = None):
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
-        for colour, key in zip(COLOURS * len(keys), keys, strict=False):
-            steps, values = zip(*series[key], strict=True)
-            name = key.replace("eval_loss", "held-out").replace("_", " ")
-            if key.startswith("eval_"):
-                axis.plot(steps, values, "o-", color=colour, markersize=3.5, linewidth=1.2, label=name)
-                continue
-            noisy = len(values) > 30 and not key.startswith("learning_rate")
-            axis.plot(steps, values, color=colour, alpha=0.25 if noisy else 1.0, linewidth=1 if noisy else 1.6,
-                      label=None if noisy else name)
-            if noisy:  # averaged over about a twentieth of the run
-                smooth = _smooth(values, 1 - 1 / max(5, len(values) / 20))
-                axis.plot(steps, smooth, color=colour, linewidth=1.8, label=name)
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(keys) > 1:
-            axis.legend(fontsize=8, frameon=False)
+        _draw_panel(axis, title, {key: series[key] for key in keys})
     figure.suptitle(str(Path(metrics).parent), fontsize=9, color="#64748b", x=0.01, ha="left")
     figure.tight_layout()
     temporary = picture.with_name(f".{picture.name}.{os.getpid()}.png")
