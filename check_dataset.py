@@ -699,8 +699,6 @@ def frame_strip(path: Path, num_frames: int, height: int = 108) -> list[str]:
 def count(rows, clips, facts, train, val, lengths, config, found: Findings) -> dict:
     """The numbers of report.json and of the report's first lines."""
     entries = [entry for row in rows for entry in row.entries]
-    tokens = np.array(sorted(n for lengths_of_entry in lengths.values() for n in lengths_of_entry) or [0])
-    top = 4 * -(-max(int(tokens[-1]), config.max_text_tokens * (tokens[-1] > config.max_text_tokens / 2)) // 4)
     codes = Counter(problem.code for problem in found.problems)
     counts = {
         "rows": len(rows), "bad_rows": sum(row.bad for row in rows), "entries": len(entries), "clips": len(clips),
@@ -710,13 +708,7 @@ def count(rows, clips, facts, train, val, lengths, config, found: Findings) -> d
         "train_clips": len({e.video for e in train}), "held_out_clips": len({e.video for e in val}),
         "words": {mode: percentiles([len(c.split()) for e in entries if e.mode == mode for c in e.captions])
                   for mode in MODES},
-        "text_tokens": {
-            **percentiles(tokens), "limit": config.max_text_tokens, "cut": int((tokens > config.max_text_tokens).sum()),
-            "share_cut": float((tokens > config.max_text_tokens).mean()),
-            f"share_over_{PUBLISHED_LIMIT}": float((tokens > PUBLISHED_LIMIT).mean()),
-            "max_text_tokens_that_keeps_99_percent": int(np.percentile(tokens, 99, method="higher")),
-            "histogram": np.histogram(tokens, bins=44, range=(0, top))[0].tolist(), "histogram_top": top,
-        },
+        "text_tokens": count_tokens([n for tokens in lengths.values() for n in tokens], config.max_text_tokens),
         "errors": found.count("error"), "warnings": found.count("warning"), "codes": dict(codes.most_common()),
     }
     if not config.no_video:
@@ -728,6 +720,23 @@ def count(rows, clips, facts, train, val, lengths, config, found: Findings) -> d
         files, size = dataset.cache_size(config.frame_cache)
         counts["frame_cache"] = {"folder": config.frame_cache, "files": files, "gigabytes": size / 1e9}
     return counts
+
+
+def count_tokens(tokens: list[int], limit: int) -> dict:
+    """Text tokens of all captions, prompt and end token counted, before any cut; {} if there are none."""
+    if not tokens:
+        return {}
+    tokens = np.array(tokens)
+    longest = int(tokens.max())
+    top = max(longest, limit if longest > limit / 2 else 0)  # the limit is drawn where it is not far off
+    top += -top % 4
+    return {
+        **percentiles(tokens), "limit": limit, "cut": int((tokens > limit).sum()),
+        "share_cut": float((tokens > limit).mean()),
+        f"share_over_{PUBLISHED_LIMIT}": float((tokens > PUBLISHED_LIMIT).mean()),
+        "max_text_tokens_that_keeps_99_percent": int(np.percentile(tokens, 99, method="higher")),
+        "histogram": np.histogram(tokens, bins=44, range=(0, top))[0].tolist(), "histogram_top": top,
+    }
 
 
 def percentiles(values) -> dict:
@@ -754,11 +763,11 @@ def summary_lines(report: dict, config, vision) -> list[tuple[str, str]]:
     lines = [("rows", f"{c['rows']:,} readable, {c['entries']:,} entries ({modes}) of {c['clips']:,} clips")]
     lines.append(("split", f"{c['train_clips']:,} clips to train on, {c['held_out_clips']:,} held out "
                            f"(seed {config.seed})"))
-    t = c["text_tokens"]
-    lines.append(("text", f"{t['min']:.0f} to {t['max']:.0f} tokens with prompt and end, median {t['median']:.0f}; "
-                          f"the limit of {t['limit']:,} cuts {t['cut']:,} of {c['captions']:,} captions"))
-    lines.append(("", f"max_text_tokens {t['max_text_tokens_that_keeps_99_percent']} keeps 99% whole; "
-                      f"{t[f'share_over_{PUBLISHED_LIMIT}']:.1%} would lose their end if cut at {PUBLISHED_LIMIT}"))
+    if t := c["text_tokens"]:
+        lines.append(("text", f"{t['min']:.0f} to {t['max']:.0f} tokens with prompt and end, median {t['median']:.0f}; "
+                              f"the limit of {t['limit']:,} cuts {t['cut']:,} of {c['captions']:,} captions"))
+        lines.append(("", f"max_text_tokens {t['max_text_tokens_that_keeps_99_percent']} keeps 99% whole; "
+                          f"{t[f'share_over_{PUBLISHED_LIMIT}']:.1%} would lose their end if cut at {PUBLISHED_LIMIT}"))
     frames = f"{config.num_frames} frames"
     if vision["known"]:
         lines.append(("video", f"{frames} x {c['tokens_per_frame']} = {c['visual_tokens']:,} visual tokens"))
@@ -935,10 +944,9 @@ def example_html(page: dict) -> str:
 def histogram(counts: dict, width: int = 560, height: int = 120) -> str:
     """Text tokens of all captions as bars, with the limit and the length that keeps 99%."""
     tokens = counts["text_tokens"]
-    numbers = tokens.get("histogram", [])
-    if not numbers:
+    if not tokens:
         return ""
-    top, most = tokens["histogram_top"], max(numbers)
+    numbers, top, most = tokens["histogram"], tokens["histogram_top"], max(tokens["histogram"])
     step = width / len(numbers)
     bars = "".join(f'<rect x="{i * step + 1:.1f}" y="{height - height * n / most:.1f}" width="{step - 1.5:.1f}" '
                    f'height="{height * n / most:.1f}"><title>{n:,}</title></rect>' for i, n in enumerate(numbers))

@@ -512,11 +512,22 @@ def open_clip(path, width: int = -1, height: int = -1):
         raise VideoError(path, _reason(error)) from error
 
 
+DECORD_REASONS = {  # words of decord's messages: what they mean
+    "Error reading": "not a readable video",
+    "av_read_frame failed": "cut off: the file ends before its last frame",
+    "avcodec_send_packet": "damaged: a part of the stream cannot be decoded",
+    "duplicate frames": "damaged: frames are missing, decord would repeat others in their place",
+    "Unable to handle EOF": "damaged: the last frames cannot be decoded",
+}
+
+
 def _reason(error: Exception) -> str:
-    """decord's message without its stack trace and source positions."""
-    line = str(error).strip().split("\n")[0]
-    line = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", line)
-    return "not a readable video" if line.startswith("Error reading") else line[:200] or type(error).__name__
+    """decord's message in plain words, else its first line without source positions."""
+    for words, reason in DECORD_REASONS.items():
+        if words in str(error):
+            return reason
+    line = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error).strip().split("\n")[0])
+    return line[:200] or type(error).__name__
 
 
 def read_frames(path, num_frames: int, size: int) -> np.ndarray:

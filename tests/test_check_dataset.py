@@ -1,0 +1,383 @@
+"""check_dataset.py: every planted fault is found under its code; odd but sound data passes."""
+
+import json
+import os
+import random
+import shutil
+import time
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import write_clip
+from test_dataset import set_rotation, write_ramp
+from transformers import AutoTokenizer
+
+import check_dataset
+import dataset
+from dataset import IGNORE_INDEX, MODES, load_entries, split_by_video
+
+LONG = "The car ahead stops at the light while a pedestrian crosses the road and the truck waits behind it. " * 6
+
+
+@pytest.fixture
+def check(tiny, tmp_path):
+    """Run the check on rows; returns (exit code, report)."""
+
+    def run(rows, *flags, video_root=tiny.videos, llm=tiny.llm, vision=tiny.vision):
+        data = tmp_path / "rows.json"
+        data.write_text(json.dumps(rows), encoding="utf-8")
+        code = check_dataset.main([
+            "--data", data, "--video_root", video_root, "--output_dir", tmp_path / "out", "--language_model", llm,
+            "--vision_model", vision, "--num_frames", 2, "--num_val_videos", 2, "--num_workers", 2, "--examples", 1,
+            "--frame_cache", tmp_path / "cache", *flags,
+        ])
+        return code, json.loads((tmp_path / "out" / "check_dataset" / "report.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+def codes(report, level=None):
+    return Counter(p["code"] for p in report["problems"] if level in (None, p["level"]))
+
+
+def row(video, text=None, mode="copilot", **more):
+    number = sum(map(ord, video))
+    return {"video": video, "q": MODES[mode], "a": text or f"A car number {number} stops.", **more}
+
+
+def both(video, text="A car"):
+    return {"video": video, "microscope": [f"{text} stops in {video}."], "copilot": [f"{text}, {video}."]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def test_faults_of_rows_and_texts(tiny, check):
+    names = sorted(clip.name for clip in tiny.videos.glob("*.mp4"))
+    car = names[0]
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    faults = [
+        ({"clip": "x", "caption": "y"}, "unknown_format"),
+        (["x"], "unknown_format"),
+        ({"video": car, "conversations": turns * 2}, "multi_turn"),
+        ({"video": car, "q": "What?", "a": "A car."}, "unknown_mode"),
+        ({"video": car, "q": "", "a": "A car."}, "empty_question"),
+        (row(car, " "), "empty_caption"),
+        ({"video": car, "copilot": []}, "empty_caption"),
+        ({"video": car, "copilot": [None]}, "empty_caption"),
+        ({"video": car, "copilot": ["bad \ufffd"]}, "bad_unicode"),
+        ({"video": car, "copilot": ["bad \ud800"]}, "bad_unicode"),
+        (row(car, "A car.<|im_end|>"), "control_token"),
+        ({"video": car, "q": "What <|video_pad|>?", "mode": "copilot", "a": "A car."}, "control_token"),
+        (row("../videos/../../x.mp4"), "path_escape"),
+        (row("/etc/passwd"), "path_escape"),
+        (row("~/x.mp4"), "path_escape"),
+        (row("https://host/x.mp4"), "path_escape"),
+        (row(names[1], "Same text."), None),
+        (row(names[1], "Same text."), "duplicate_entry"),
+        ({"video": names[2], "q": MODES["microscope"], "mode": "copilot", "a": "A bus."}, "ambiguous_prompt"),
+        ({"video": car, "q": "Why? " * 99, "mode": "copilot", "a": "Because."}, "prompt_too_long"),
+    ]
+    rows = [both(name) for name in names] + [fault for fault, _ in faults]
+    exit_code, report = check(rows, "--no-video", "--max_text_tokens", 150)
+    assert exit_code == 1 and report["ok"] is False
+    errors = [p for p in report["problems"] if p["level"] == "error"]
+    for number, (fault, code) in enumerate(faults, start=len(names) + 1):
+        where = [p["code"] for p in errors if p["where"].rstrip(")").endswith(f"rows.json row {number}")]
+        assert where == ([code] if code else []), (number, fault)
+    assert codes(report, "error") == Counter(code for _, code in faults if code)
+    assert report["counts"]["errors"] == len(errors) and set(codes(report)) <= set(check_dataset.CODES)
+
+
+def test_a_file_that_is_no_json_is_a_problem_of_the_data(check, tmp_path):
+    exit_code, report = check([], "--no-video")
+    assert exit_code == 1 and codes(report) == {"no_rows": 1}
+    (tmp_path / "broken.json").write_text('[{"video": ')
+    exit_code, report = check([], "--no-video", "--data", tmp_path / "broken.json")
+    assert exit_code == 1 and codes(report)["unknown_format"] == 1
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(row("a.mp4", "caf_")).replace("_", "é").encode("latin-1"))
+    exit_code, report = check([], "--no-video", "--data", tmp_path / "latin.jsonl")
+    assert exit_code == 1 and codes(report)["bad_unicode"] == 1
+
+
+def test_faults_of_clips(tiny, check, tmp_path, monkeypatch):
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    write_clip(videos / "whole.mp4", num_frames=120, codec="libx264")
+    whole = (videos / "whole.mp4").read_bytes()
+    middle = len(whole) // 2
+    noise = random.Random(0).randbytes(len(whole) // 6)
+    broken = {
+        "empty.mp4": b"", "text.mp4": b"not a clip", "truncated.mp4": whole[:middle],
+        "noise.mp4": whole[: middle - len(noise) // 2] + noise + whole[middle + len(noise) // 2 :],
+        "hangs.mp4": whole, "crashes.mp4": whole,
+    }
+    for name, content in broken.items():
+        (videos / name).write_bytes(content)
+    (videos / "folder.mp4").mkdir()
+    (tmp_path / "outside.mp4").write_bytes(whole)
+    (videos / "link.mp4").symlink_to(tmp_path / "outside.mp4")
+    real = check_dataset.check_clip
+
+    def check_clip(path, *args):
+        if path.name == "hangs.mp4":
+            time.sleep(1000)
+        if path.name == "crashes.mp4":
+            os._exit(139)  # as a segmentation fault in the decoder would
+        return real(path, *args)
+
+    monkeypatch.setattr(check_dataset, "check_clip", check_clip)
+    names = [*broken, "folder.mp4", "link.mp4", "nowhere.mp4", *(c.name for c in tiny.videos.glob("*.mp4"))]
+    sound = tmp_path / "sound" / "rows.jsonl"
+    exit_code, report = check([both(name) for name in names], "--clip_timeout", 10, "--drop_bad", sound,
+                              video_root=videos)
+    assert exit_code == 1
+    found = {p["where"].split(" ")[0]: p["code"] for p in report["problems"] if p["level"] == "error"}
+    link = found.pop("rows.json")
+    assert link == "path_escape"
+    assert found == {
+        "empty.mp4": "corrupt_video", "text.mp4": "corrupt_video", "truncated.mp4": "corrupt_video",
+        "noise.mp4": "corrupt_video", "crashes.mp4": "corrupt_video", "hangs.mp4": "hung_video",
+        "folder.mp4": "missing_video", "nowhere.mp4": "missing_video",
+    }
+    assert report["counts"]["sound_clips"] == 6 and report["counts"]["clips"] == 14
+    kept = load_entries(sound)
+    assert {e.video for e in kept} == {c.name for c in tiny.videos.glob("*.mp4")} and len(kept) == 12
+
+
+def test_damage_that_decord_would_hide(tiny, check, tmp_path):
+    """Packets without a picture: decord repeats the frame before, unless its fault tolerance is set."""
+    import av
+
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    with av.open(str(videos / "lost.mp4"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
+        packets = []
+        for i in range(30):
+            packets += stream.encode(av.VideoFrame.from_ndarray(np.full((180, 320, 3), 8 * i, np.uint8), "rgb24"))
+        packets += stream.encode()
+        end, base = packets[-1].pts, packets[-1].time_base
+        for packet in packets:
+            out.mux(packet)
+        for k in range(1, 16):
+            packet = av.Packet(bytes.fromhex("000001b65000"))  # a picture header that says: nothing coded
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, base, end + k, end + k
+            out.mux(packet)
+    rows = [both(clip.name) for clip in videos.glob("*.mp4")]
+    exit_code, report = check(rows, video_root=videos)
+    errors = [p["where"].split()[0] for p in report["problems"] if p["level"] == "error"]
+    assert exit_code == 1 and errors == ["lost.mp4"]
+
+
+def seed_that_parts(rows, one, other, tmp_path):
+    data = tmp_path / "probe.json"
+    data.write_text(json.dumps(rows))
+    for seed in range(100):
+        val = {e.video for e in split_by_video(load_entries(data), 2, seed)[1]}
+        if (one in val) != (other in val):
+            return seed
+
+
+def test_leaks_across_the_split(tiny, check, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    (videos / "sub").mkdir()
+    shutil.copy(videos / "car.mp4", videos / "sub" / "car.mp4")  # the same clip under another path
+    write_ramp(videos / "sub" / "bus.mp4", np.arange(20) / 8)  # another clip of the same name
+    names = [str(clip.relative_to(videos)) for clip in sorted(videos.rglob("*.mp4"))]
+    rows = [both(name) for name in names]
+    seed = seed_that_parts(rows, "car.mp4", "sub/car.mp4", tmp_path)
+    exit_code, report = check(rows, "--seed", seed, video_root=videos)
+    leaks = [p for p in report["problems"] if p["level"] == "error"]
+    assert exit_code == 1 and [(p["code"], p["where"].split()[0]) for p in leaks] == [("split_leak", "sub/car.mp4")]
+    assert codes(report)["duplicate_clip"] == 1
+    seed = seed_that_parts(rows, "bus.mp4", "sub/bus.mp4", tmp_path)
+    assert "split_leak" in codes(check(rows, "--seed", seed, "--no-video")[1])  # by name alone
+
+    rows = [both(name) for name in names if "sub" not in name]
+    rows[0]["microscope"] = rows[1]["microscope"] = [LONG]
+    rows[2]["copilot"] = rows[3]["copilot"] = ["Car stops."]
+    for one, other, code in ((0, 1, "split_leak"), (2, 3, "same_caption")):
+        seed = seed_that_parts(rows, rows[one]["video"], rows[other]["video"], tmp_path)
+        assert code in codes(check(rows, "--seed", seed, "--no-video")[1])
+
+
+RENDERERS = {  # a broken renderer, and the code under which it must be found
+    "end_token_lost": lambda ids, labels, n, end, pad, video: (ids[:-1], labels[:-1]),
+    "end_token_repeated": lambda ids, labels, n, end, pad, video: (ids + [end], labels + [end]),
+    "prompt_supervised": lambda ids, labels, n, end, pad, video: (ids, [*labels[: n - 1], ids[n - 1], *labels[n:]]),
+    "pad_supervised": lambda ids, labels, n, end, pad, video: (ids[:-1] + [pad, end], labels[:-1] + [pad, end]),
+    "video_token_supervised": lambda ids, labels, n, end, pad, video: (ids, [ids[i] if ids[i] == video else label
+                                                                             for i, label in enumerate(labels)]),
+    "visual_token_count": lambda ids, labels, n, end, pad, video: (ids[:2] + [video] + ids[2:], labels[:2] +
+                                                                   [IGNORE_INDEX] + labels[2:]),
+    "nothing_supervised": lambda ids, labels, n, end, pad, video: (ids, [IGNORE_INDEX] * (len(labels) - 1) + [end]),
+    "label_mismatch": lambda ids, labels, n, end, pad, video: (ids[:n] + ids[n + 1 :], labels[:n] + labels[n + 1 :]),
+}
+
+
+@pytest.mark.parametrize("code", RENDERERS)
+def test_a_broken_renderer_is_found(tiny, monkeypatch, code):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm)
+    entry = load_entries(tiny.data)[0]
+    assert check_dataset.check_entry(tokenizer, entry, 8, 200)[0] == []
+    encode = dataset.encode_example
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+
+    def broken(*args):
+        example = encode(*args)
+        prompt = example["labels"].count(IGNORE_INDEX)
+        ids, labels = RENDERERS[code](example["input_ids"], example["labels"], prompt, end, pad,
+                                      dataset.placeholder_id(tokenizer))
+        return {"input_ids": ids, "labels": labels}
+
+    monkeypatch.setattr(dataset, "encode_example", broken)
+    problems, _ = check_dataset.check_entry(tokenizer, entry, 8, 200)
+    assert code in {found for level, found, _ in problems if level == "error"}
+
+
+def test_a_broken_collator_is_found(tiny, check, monkeypatch):
+    rows = json.loads(tiny.data.read_text())
+    collate = dataset.collate
+
+    def left(examples, pad):
+        batch = collate(examples, pad)
+        return batch | {"attention_mask": batch["attention_mask"].flip(1)}
+
+    monkeypatch.setattr(dataset, "collate", left)
+    exit_code, report = check(rows, "--no-video")
+    assert exit_code == 1 and "batch_broken" in codes(report, "error")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sound data
+
+
+def test_odd_but_sound_data_passes(tiny, check, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    write_ramp(videos / "one.mp4", [0])
+    write_ramp(videos / "short.mp4", [0, 0.2, 0.4])
+    write_ramp(videos / "uneven.mp4", [*np.arange(0, 1, 0.05), *np.arange(1, 6, 1.0)])
+    write_ramp(videos / "turned.mp4", np.arange(20) / 8)
+    set_rotation(videos / "turned.mp4", 90)
+    nfd = unicodedata.normalize("NFD", "café 🚗.mp4")
+    shutil.copy(videos / "car.mp4", videos / nfd)
+    write_clip(videos / "00721168-56efa5c2.mov", num_frames=16, seed=9)
+    rows = [both(str(clip.relative_to(videos)), "Naïve “user” at the café, assistant 🚗") for clip in videos.iterdir()]
+    rows[0]["copilot"] = ["Twice.", "Twice."]
+    rows.append({"video": "one.mp4", "q": MODES["copilot"], "captions": ["Another text."], "a": "An older one."})
+    exit_code, report = check(rows, "--num_frames", 4, video_root=videos)
+    assert exit_code == 0 and report["ok"] is True and report["counts"]["errors"] == 0
+    named = {(p["code"], p["where"].split(".mp4")[0].split(".mov")[0]) for p in report["problems"]}
+    assert {("short_video", "one"), ("short_video", "short"), ("variable_frame_rate", "uneven"),
+            ("portrait_video", "turned"), ("odd_duration", "00721168-56efa5c2")} <= named
+    assert {"small_video", "duplicate_clip", "repeated_caption", "answer_ignored", "repeated_id",
+            "caption_length"} <= set(codes(report))
+    assert check(rows, "--num_frames", 4, "--strict", "--no-video")[0] == 1
+
+
+def test_modes_and_split_are_counted(tiny, check):
+    rows = [{"video": clip.name, "copilot": ["A car."]} for clip in tiny.videos.glob("*.mp4")]
+    exit_code, report = check(rows, "--no-video")
+    assert exit_code == 0 and codes(report)["mode_missing"] == 1
+    assert report["counts"]["modes"] == {"microscope": {"train": 0, "held_out": 0},
+                                         "copilot": {"train": 4, "held_out": 2}}
+    exit_code, report = check(rows, "--no-video", "--num_val_videos", 40)
+    assert exit_code == 0 and codes(report)["split_too_small"] == 1
+
+
+def test_cut_captions_are_counted_and_keep_their_end(tiny, check):
+    rows = [both(clip.name) for clip in tiny.videos.glob("*.mp4")]
+    rows[3]["microscope"] = [LONG]
+    exit_code, report = check(rows, "--no-video", "--max_text_tokens", 120)
+    tokens = report["counts"]["text_tokens"]
+    assert exit_code == 0 and codes(report)["caption_cut"] == 1 == tokens["cut"]
+    assert tokens["max_text_tokens_that_keeps_99_percent"] == tokens["max"] > 120
+    assert "caption_cut" not in codes(check(rows, "--no-video", "--max_text_tokens", int(tokens["max"]))[1])
+
+
+def test_the_real_captions(shared, check, tiny):
+    data, tokenizer = shared / "bdd_captions_300.json", shared / "qwen3_tokenizer"
+    exit_code, report = check([], "--data", data, "--no-video", "--num_val_videos", 40, "--num_frames", 16,
+                              "--max_text_tokens", 1024, llm=tokenizer, vision="google/siglip2-so400m-patch14-384")
+    tokens = report["counts"]["text_tokens"]
+    assert exit_code == 0 and codes(report) == {"mode_missing": 1}
+    assert 0.18 < tokens["share_over_512"] < 0.25 and tokens["cut"] == 0
+    assert 700 < tokens["max_text_tokens_that_keeps_99_percent"] < 760
+    assert report["counts"]["held_out_clips"] == 40 and report["counts"]["rows"] == 300
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Usage, cache, reports
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--data", "nowhere.json"], "nowhere.json"),
+    (["--video_root", "nowhere"], "nowhere"),
+    (["--language_model", "./nowhere"], "nowhere"),
+    (["--sorcery", "1"], "sorcery"),
+    (["--num_frames", "many"], "num_frames"),
+    (["--build_cache", "--no_video"], "exclude each other"),
+    (["--clip_timeout", "0"], "clip_timeout"),
+])
+def test_usage_errors_exit_2(tiny, check, capsys, flags, text):
+    with pytest.raises(SystemExit) as error:
+        check(json.loads(tiny.data.read_text()), *flags)
+    assert error.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tiny, check, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit) as error:
+        check(json.loads(tiny.data.read_text()), "--no-video", llm=tmp_path / "plain")
+    assert error.value.code == 2 and "no chat template" in capsys.readouterr().err
+
+
+def test_build_cache_decodes_every_clip_once(tiny, check, tmp_path, monkeypatch):
+    rows = json.loads(tiny.data.read_text())
+    exit_code, report = check(rows, "--build-cache")
+    assert exit_code == 0 and report["counts"]["frame_cache"]["files"] == 6
+    monkeypatch.setattr(dataset, "read_frames", None)
+    for clip in tiny.videos.glob("*.mp4"):
+        assert dataset.cached_frames(clip, 2, 96, tmp_path / "cache").shape == (2, 96, 96, 3)
+
+
+def test_build_cache_stops_at_the_limit(tiny, check, tmp_path):
+    rows = json.loads(tiny.data.read_text())
+    exit_code, report = check(rows, "--build-cache", "--cache_limit_gb", 1e-9)
+    assert exit_code == 0 and codes(report)["cache_full"] == 6 and report["counts"]["frame_cache"]["files"] == 0
+
+
+def test_reports(tiny, check, tmp_path, capsys):
+    rows = [both(clip.name, "A <b>car</b>") for clip in tiny.videos.glob("*.mp4")]
+    rows += [{"video": f"lost_{i}.mp4", "copilot": [f"Car {i}."]} for i in range(30)]
+    _, report = check(rows, "--json", tmp_path / "sub" / "copy.json")
+    assert json.loads((tmp_path / "sub" / "copy.json").read_text()) == report
+    assert set(report) == {"ok", "counts", "problems"}
+    assert set(report["problems"][0]) == {"level", "code", "where", "message"}
+    page = (tmp_path / "out" / "check_dataset" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 2 and page.count("data:image/jpeg;base64,") == 4
+    assert "http" not in page and "<b>car" not in page and "<b>" not in page.split("What the loss sees")[1]
+    assert page.count('<span class="t end">&lt;|im_end|&gt;</span>') == 2
+    assert "&lt;|video_pad|&gt; × 32</span>" in page  # 2 frames x 16 tokens, folded
+    assert "22 more in report.json" in page and page.count("lost_29.mp4") == 0
+    out = capsys.readouterr().out
+    assert "missing_video: 30" in out and "not sound" in out
+
+
+def test_every_code_is_explained():
+    source = open(check_dataset.__file__, encoding="utf-8").read() + open(dataset.__file__, encoding="utf-8").read()
+    import re
+
+    used = set(re.findall(r'(?:error|warning|RowError)\(\s*"([a-z_]+)"', source))
+    used |= set(re.findall(r'yield "([a-z_]+)"', source)) | set(re.findall(r'"(?:error|warning)", "([a-z_]+)"', source))
+    used |= set(re.findall(r'"code": "([a-z_]+)"', source)) | {"end_token_lost"}
+    assert used == set(check_dataset.CODES)
