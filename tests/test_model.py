@@ -364,6 +364,9 @@ def test_base_weights_that_lack_a_tensor_are_refused(tiny, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lack 1 tensors"):
         DriveVLM.from_base(tmp_path, tiny.llm)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ModelError, match="cannot load"):
+        DriveVLM.from_base(tmp_path, tiny.llm)
 
 
 def test_too_many_frames_for_the_language_model(tiny):
@@ -676,6 +679,9 @@ def test_wrong_shapes_are_refused(tiny, tmp_path):
     name = next(iter(adapter))
     save_file({key: value for key, value in adapter.items() if key != name}, path)
     with pytest.raises(ModelError, match=f"{name} is missing"):
+        DriveVLM.from_checkpoint(folder)
+    (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
+    with pytest.raises(ModelError, match="'IA3', not 'LORA'"):
         DriveVLM.from_checkpoint(folder)
 
 
