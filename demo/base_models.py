@@ -154,7 +154,7 @@ def pixels(frames, rng=None):
     return x
 
 
-def build_vision(folder, steps=900, num_clips=500, batch=24):
+def build_vision(folder, steps=1200, num_clips=500, batch=24):
     """Train the tower with a linear head on its last hidden state, which is all that the projector will see."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -351,7 +351,7 @@ def caption_loss(model, input_ids, labels):
     return nn.functional.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[:, 1:][chosen])
 
 
-def build_language(folder, steps=900, batch=16):
+def build_language(folder, steps=2000, batch=16):
     """Train tokenizer and language model on captions that are true to the notes before them."""
     from transformers import GenerationConfig, Qwen3ForCausalLM
 
