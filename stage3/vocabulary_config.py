@@ -285,7 +285,9 @@ CONNECTIVES = (
     "moments later", "at last", "in the end", "in the beginning", "at the beginning", "simultaneously",
     "in turn", "thereafter", "before long", "by the end",
 )
-NO_CONNECTIVE = ("such as", "as well as", "as well", "as if", "as though", "so far", "same as", "as though")
+NO_CONNECTIVE = (
+    "such as", "as well as", "as well", "as if", "as though", "so far", "same as", "next to", "the next", "the first",
+    "the once", "so that", "not so", "as large as", "as long as", "as far as")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Grammar

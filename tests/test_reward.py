@@ -366,6 +366,59 @@ def test_captions_of_other_clips_lose(mode):
         assert max(others) < own - 0.05 and sum(others) / len(others) < own - 0.3, name
 
 
+@pytest.mark.parametrize("name", SCENES)
+def test_words_in_disorder_lose(name):
+    """All the right words, shuffled over the text or within each sentence."""
+    evidence, report, _, _ = SCENES[name]
+    for seed in range(4):
+        draw, words = random.Random(seed), report.split()
+        within = [word for s in report.split(". ") for word in draw.sample(s.split(), len(s.split()))]
+        draw.shuffle(words)
+        for text in (words, within, words[::-1]):
+            assert score(" ".join(text), evidence) < score(report, evidence) - 0.4
+
+
+def test_each_check_of_the_gate_matters_alone():
+    mood = ("Everything here speaks of patience. Such moments remind us how a day can unfold. One may sense an "
+            "unspoken harmony in what surrounds the scene. Nothing hurries anybody. It feels as though time itself "
+            "would linger. Subtle notes of comfort mix with hints of melancholy. The whole picture rests on balance. "
+            "Few could remain indifferent to such a view. There is poetry in the ordinary, and it asks for no reason.")
+    assert score(f"{F} {mood}") < score(F) - 0.05  # padding that never repeats itself
+    pattern = "The {} car is ahead of the ego vehicle on the side of the wet road in the city at night. "
+    colours = ("red", "blue", "green", "black", "silver", "yellow", "brown", "golden", "pink", "tan")
+    assert score(F + " " + "".join(map(pattern.format, colours))) < 0.8 * score(F)  # one pattern, new adjectives
+    assert score("Light red turns, car waits white, truck passes large, pedestrian crosses left, wet city.") < 0.6
+
+
+def test_orders_and_other_riches_are_capped():
+    """Verbs in one clause, the camera's own motion and looks in an untrue clause pay no more than their share."""
+    one = Evidence({"car"})
+    two = f"{PLAIN} A red car ahead slows by the side and stops at the corner."
+    five = f"{two[:-1]} and turns to the other side and merges with the rest and waits at the next one."
+    assert physics_aware_reward(five, D, M).temporal == physics_aware_reward(two, D, M).temporal
+    ego = "A car is there. The ego vehicle slows, then it stops, then it turns, then it merges ahead of it."
+    seen = "A car is there. The car slows, then it stops, then it turns, then it merges ahead of it."
+    assert physics_aware_reward(ego, one, C).temporal < physics_aware_reward(seen, one, C).temporal
+    assert physics_aware_reward("A red sedan is behind. A bus passes.", one, C).detail > 0
+    assert physics_aware_reward("A red sedan is behind a bus. It passes.", one, C).detail == 0
+
+
+def test_short_reports_do_not_grow_by_words_that_say_nothing():
+    short = "A red car ahead slows down on the wet road at night, and then it stops at a crosswalk."
+    padded = short + " All this is what can be said of what is there to be seen by us here."
+    assert physics_aware_reward(padded, Evidence({"car"}), M).detail <= physics_aware_reward(
+        short, Evidence({"car"}), M).detail
+
+
+def test_a_vague_word_covers_half_a_class():
+    vague = physics_aware_reward("A vehicle ahead brakes.", Evidence({"car"}), C)
+    assert vague.objects == pytest.approx(2 / 3) and vague.hallucination == pytest.approx(0.5)  # P 1, R 1/2; no claim
+    assert physics_aware_reward("A vehicle ahead brakes.", Evidence({"person"}), C).objects == 0
+    assert score(NO_TRUCK + " No vehicles are visible.") == pytest.approx(score(NO_TRUCK))  # a car is named: others
+    silent = "The ego vehicle slows down at the red traffic light while a pedestrian crosses from the left."
+    assert score(silent + " No vehicles are visible.") < score(silent) - 0.1
+
+
 def test_blind_search_finds_nothing_near_the_faithful_caption():
     """A policy that puts pieces together without looking: 150 steps of hill climbing on the mean over all scenes."""
     draw = random.Random(0)
