@@ -501,23 +501,24 @@ def check_entry(tokenizer, entry: Entry, visual_tokens: int, limit: int) -> tupl
     control = dataset.find_control_text(tokenizer, entry.question)
     if control:
         return [("error", "control_token", f"the question spells out {control}")], []
-    problems, tokens = [], []
+    problems, tokens, prompt = [], [], len(dataset.encode_prompt(tokenizer, entry.question, 0))
     for number, caption in enumerate(entry.captions, start=1):
         name = f"caption {number}" if len(entry.captions) > 1 else "the caption"
         control = dataset.find_control_text(tokenizer, caption)
         if control:
             problems.append(("error", "control_token", f"{name} spells out {control}"))
             continue
-        prompt = len(dataset.encode_prompt(tokenizer, entry.question, 0))
-        tokens.append(prompt + len(tokenizer.encode(caption, add_special_tokens=False)) + 1)
         try:
             example = dataset.encode_example(tokenizer, entry.question, caption, visual_tokens, limit)
         except DataError as error:
             problems.append(("error", "prompt_too_long", str(error)))
             continue
+        tokens.append(prompt + sum(label != IGNORE_INDEX for label in example["labels"]))
         for code, message in check_example(tokenizer, example, prompt + visual_tokens, caption, visual_tokens):
-            level = "warning" if code == "caption_cut" else "error"
-            problems.append((level, code, f"{name}: {message}"))
+            if code == "caption_cut":
+                tokens[-1] = prompt + len(tokenizer.encode(caption, add_special_tokens=False)) + 1
+                message = f"{tokens[-1]} tokens with prompt and end, {message}"
+            problems.append(("warning" if code == "caption_cut" else "error", code, f"{name}: {message}"))
     return problems, tokens
 
 
@@ -551,8 +552,7 @@ def check_example(tokenizer, example: dict, prompt: int, caption: str, visual_to
     answer = [label for label in target if label != end]
     text = tokenizer.decode(answer, clean_up_tokenization_spaces=False).strip()
     if text != caption and caption.startswith(text):
-        full = len(tokenizer.encode(caption, add_special_tokens=False))
-        yield "caption_cut", f"{len(answer)} of {full} tokens are kept, up to {text[-40:]!r}"
+        yield "caption_cut", f"cut behind {text[-40:]!r}"
     elif text != caption:
         yield "label_mismatch", f"the labels decode to {text[:80]!r}"
 
