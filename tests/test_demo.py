@@ -1,0 +1,95 @@
+"""The demo's runner: finished parts are not done again, cut-off ones go on, changed ones are redone.
+
+    python -m pytest tests/test_demo.py
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from demo import run as demo
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITE = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True, exist_ok=True); " \
+        "f = p / 'log'; f.write_text((f.read_text() if f.exists() else '') + ' '.join(sys.argv[2:]) + '|')"
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Two parts in a folder of their own; the second trains and is configured by a YAML."""
+    monkeypatch.setattr(demo, "OUT", tmp_path / "out")
+    config = tmp_path / "b.yaml"
+    config.write_text("x: 1")
+    return [
+        demo.Part("a", "part a", [sys.executable, "-c", WRITE, str(tmp_path / "out/a"), "made"], tmp_path / "out/a", 1),
+        demo.Part("b", "part b", [sys.executable, "-c", WRITE, str(tmp_path / "out/b"), str(config)],
+                  tmp_path / "out/b", 1, trains=True),
+    ]
+
+
+def logs(parts):
+    return [(part.folder / "log").read_text().split("|")[:-1] for part in parts]
+
+
+def test_finished_parts_are_not_done_again(parts, capsys):
+    demo.run_parts(parts)
+    first = logs(parts)
+    demo.run_parts(parts)
+    assert logs(parts) == first
+    assert capsys.readouterr().out.count("done before") == 2
+    assert first[1][0].endswith("--resume auto")
+
+
+def test_a_cut_off_part_goes_on_in_its_folder(parts):
+    demo.run_parts(parts)
+    stamp = demo.OUT / ".done" / "b.json"
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "seconds": None}))  # started, not ended
+    demo.run_parts(parts)
+    assert [len(log) for log in logs(parts)] == [1, 2]  # what b had written was kept
+
+
+def test_a_changed_config_redoes_its_part_and_what_follows(parts, tmp_path):
+    demo.run_parts(parts)
+    (tmp_path / "b.yaml").write_text("x: 2")
+    demo.run_parts(parts)
+    assert [len(log) for log in logs(parts)] == [1, 1]  # b anew, in an empty folder; a untouched
+    parts[0].command[-1] = "otherwise"
+    demo.run_parts(parts)
+    assert [log[0].split()[-1] for log in logs(parts)][0] == "otherwise"
+    assert [len(log) for log in logs(parts)] == [1, 1]
+
+
+def test_a_failing_part_stops_with_its_command(parts):
+    parts[0].command = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(SystemExit, match="'part a' failed with exit code 3"):
+        demo.run_parts(parts)
+    assert not parts[1].folder.exists()
+
+
+def test_the_demo_runs_every_script_on_its_demo_config():
+    parts = demo.demo_parts()
+    commands = [" ".join(part.command) for part in parts]
+    for script in ("demo.world", "check_dataset.py", "train_stage1_ddp.py", "train_stage2.py", "train_stage3.py",
+                   "stage3.detect_objects", "evaluate.py"):
+        assert any(script in command for command in commands), script
+    for command in commands:
+        for config in re.findall(r"\S+\.yaml", command):
+            assert (ROOT / config).is_file(), config
+    assert "--nproc_per_node 2" in commands[3]
+
+
+def test_summary_of_seeds_gives_mean_and_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "OUT", tmp_path)
+    for seed, value in ((1, 0.2), (2, 0.4)):
+        block = dict.fromkeys(("f1_micro", "recall", "chair_i", "chair_s", "ended"), value)
+        for kind in ("greedy", "sampled"):
+            folder = tmp_path / "results" / f"seed{seed}" / kind
+            folder.mkdir(parents=True)
+            system = {"microscope": block, "copilot": block}
+            (folder / "metrics.json").write_text(json.dumps({"systems": {"stage3": system}}))
+    table = demo.summarise([1, 2])
+    assert "| greedy | stage3 | microscope | 0.30 ± 0.14 |" in table
+    assert "| sampled | stage3 | copilot |" in table
