@@ -125,7 +125,6 @@ IRREGULAR_PLURALS = {
     "gentleman": ("gentlemen",), "passerby": ("passersby", "passerbys"), "aircraft": (), "cattle": (), "sheep": (),
     "skis": (), "scissors": (), "broccoli": (), "mouse": ("mice",), "knife": ("knives",),
     "somebody": (), "someone": (), "no one": (), "nobody": (), "anyone": (), "bus": ("buses", "busses"),
-    "bicycle": ("bicycles",), "light rail": (),
 }
 
 # COCO names that are more often another word on the road ("an orange car", "bear left", "a remote area", "the fork in
@@ -151,9 +150,8 @@ COMPOUND_HEADS = {
     "car": "park port pool seat horn radio stereo audio alarm mirror dashboard hood windshield window interior ride "
            "sharing garage",
     "vehicle": "dashboard hood windshield window interior",
-    "dog": "park", "boat": "trailer ramp", "baby": "carriage stroller seat", "child": "seat",
-    "children": "crossing", "horse": "power", "phone": "line tower number box mount holder", "clock": "tower",
-    "bottle": "neck", "cup": "holder", "flower": "bed", "table": "top", "human": "error", "apple": "store",
+    "dog": "park", "boat": "trailer ramp", "baby": "carriage stroller seat", "child": "seat", "cup": "holder",
+    "children": "crossing", "phone": "line tower number box mount holder",
 }
 
 # Other phrases in which an object's name is no object. Plurals are made as for objects.
@@ -171,23 +169,19 @@ NEUTRAL = (
     "police light", "light pole", "light post", "red light camera", "red light district", "stop line", "flood light",
     "neon light", "cell signal", "gps signal",
     "bird s eye view", "bird eye view", "birds eye view", "deer crossing", "cat s eye", "zebra crossing",
-    "zebra stripe", "zebra marking", "bear left", "bear right", "fork in the road", "hot dog stand", "river bed",
-    "flower bed", "cell phone lot", "telephone pole", "power plant", "basketball court", "portable toilet",
-    "horse drawn", "train of thought", "cattle guard", "cattle grid", "bull bar", "chair lift",
+    "zebra stripe", "zebra marking", "bear left", "bear right", "fork in the road", "hot dog stand",
+    "portable toilet", "horse drawn", "train of thought", "cattle guard", "cattle grid", "bull bar", "chair lift",
 )
 
 # The camera's own vehicle: it is not in the picture, so it is no mention; what it does may still be told.
 EGO = (
-    "ego vehicle", "ego car", "ego", "own vehicle", "own car", "our vehicle", "our car", "my vehicle", "my car",
-    "camera vehicle", "camera car", "camera equipped vehicle", "camera equipped car", "recording vehicle",
-    "recording car", "capturing vehicle", "capturing car", "filming vehicle", "filming car", "observing vehicle",
-    "observing car", "dashcam vehicle", "dashcam car", "dash cam vehicle", "dashcam equipped vehicle",
-    "dashcam equipped car", "host vehicle", "subject vehicle", "viewer s vehicle", "viewer s car",
-    "observer s vehicle", "observer s car", "driver s vehicle", "driver s car", "camera s vehicle", "pov vehicle",
-    "pov car", "viewing vehicle", "primary vehicle", "test vehicle", "camera bearing vehicle",
-    "camera carrying vehicle", "driver", "camera", "dashcam", "dash cam", "dash camera", "viewer", "observer",
-    "we", "us",
-    "viewer s own vehicle", "observer s own vehicle", "narrator", "point of view vehicle",
+    "ego", "we", "us", "driver", "camera", "dashcam", "dash cam", "dash camera", "viewer", "observer", "narrator",
+)
+EGO_OWNERS = (  # each before "vehicle" and "car"; "s" is what remains of a possessive
+    "ego", "own", "our", "my", "camera", "camera equipped", "camera bearing", "camera carrying", "recording",
+    "capturing", "filming", "observing", "viewing", "dashcam", "dash cam", "dashcam equipped", "host", "subject", "pov",
+    "point of view", "primary", "test", "viewer s", "viewer s own", "observer s", "observer s own", "driver s",
+    "camera s",
 )
 # "car" and "vehicle" are the camera's own after one of these ("from inside a moving car") ...
 EGO_BEFORE = re.compile(
@@ -209,12 +203,12 @@ EGO_AFTER = frozenset(
 # attribute category -> words. Categories are counted, not words: "red blue green" is one thing said.
 ATTRIBUTES = {
     "colour": "red blue green white black silver gray grey yellow orange brown amber beige maroon golden gold purple "
-              "pink tan dark bright colored coloured light-colored",
-    "size": "large small big tall long compact tiny huge little oversized mid-sized",
+              "pink tan dark bright colored coloured",
+    "size": "large small big tall long compact tiny huge little oversized",
     "state": "parked stopped stationary moving oncoming standing idle flashing illuminated lit steady slow fast "
              "halted waiting seated empty crowded",
     "position": "ahead left right front behind opposite adjacent near nearby close distant distance roadside curb side "
-                "center centre middle corner across adjacent background foreground beside alongside front-left "
+                "center centre middle corner across background foreground beside alongside "
                 "rightmost leftmost overhead directly",
     "number": "two three four five six seven eight nine ten several many multiple few single numerous another pair "
               "group dozen",
@@ -287,7 +281,8 @@ CONNECTIVES = (
 )
 NO_CONNECTIVE = (
     "such as", "as well as", "as well", "as if", "as though", "so far", "same as", "next to", "the next", "the first",
-    "the once", "so that", "not so", "as large as", "as long as", "as far as")
+    "the once", "so that", "not so", "as large as", "as long as", "as far as",
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Grammar
@@ -310,7 +305,7 @@ CONJUNCTIONS = frozenset(
 PRONOUNS = frozenset("it they he she we us them him there this these those both each you i its".split())
 FUNCTION_WORDS = (
     DETERMINERS | PREPOSITIONS | AUXILIARIES | CONJUNCTIONS | PRONOUNS
-    | frozenset("not also only just very too".split())
+    | frozenset("not also only just very too mostly instead still again".split())
 )
 BE = frozenset("is are was were be been being remain remains remained isn't aren't wasn't weren't".split())
 
@@ -392,7 +387,7 @@ def _build_lexicon():
     entries = {}
     for phrase in NEUTRAL:
         entries |= dict.fromkeys(plurals(phrase), Entry("neutral", ()))
-    for phrase in EGO:
+    for phrase in (*EGO, *(f"{owner} {noun}" for owner in EGO_OWNERS for noun in ("vehicle", "car"))):
         entries[phrase] = Entry("ego", ())
     for table, kind in ((ANY_OF, "any"), (UNVERIFIABLE, "unverifiable"), (SEVERAL, "object")):
         for phrase, classes in table.items():
@@ -421,6 +416,7 @@ SINGULAR = frozenset(
 GUARDED_FORMS = frozenset(form for word in GUARDED for form in plurals(word))
 HEADS = {word: frozenset(form for noun in nouns.split() for form in plurals(noun))
          for word, nouns in COMPOUND_HEADS.items()}
+OTHER_VEHICLE = frozenset("ahead behind directly immediately beside that which parked".split())
 CROSSING_WAYS = frozenset("the this from over safely slowly quickly hurriedly our his her their".split())
 VERB_OF = {form: base for base in DYNAMIC_VERBS for form in verb_forms(base)}
 ATTRIBUTE_OF = {word: name for name, words in ATTRIBUTES.items() for word in words.split()}
@@ -546,6 +542,8 @@ def _is_compound(reading, first, head):
     if noun in ("stops", "parks", "lines", "stands"):  # a verb, unless several are meant
         several = not opens and before in NUMBERS | PREPOSITIONS | {"these", "those", "some", "all", "other", "and"}
         return several or not ends and (after in AUXILIARIES or after in ("line", "dot", "appear"))
+    if noun == "parking":
+        return before not in ("a", "another", "one")  # "a car parking ahead"
     if noun == "crossing":
         crosses = not ends and after in CROSSING_WAYS
         return not (crosses or opens and (ends or after in ("ahead", "in", "left", "right", "while", "as", "and")))
@@ -582,8 +580,8 @@ def _is_light(reading, i):
     for j in range(i + 1, min(i + 6, len(reading.words))):
         if _ends_clause(reading, j):
             return False
-        if reading.words[j] in COLOURS_OF_LIGHT:
-            return j > i + 1
+        if reading.words[j] in COLOURS_OF_LIGHT:  # "light red" is one at the end of a clause
+            return j > i + 1 or word == "light" and _ends_clause(reading, j + 1)
         if reading.words[j] not in CHANGING:
             return False
     return False
@@ -611,8 +609,8 @@ def _is_own_vehicle(reading, i, length):
     """ "The vehicle" alone is the camera's; "the vehicle ahead", "a vehicle" and "vehicles" are others."""
     if length != 1 or _word(reading, i) != "vehicle" or _word(reading, i - 1) not in ("the", "this"):
         return False
-    return (_word(reading, i + 1), _word(reading, i + 2)) not in (("in", "front"), ("on", "the")) and _word(
-        reading, i + 1) not in ("ahead", "behind", "directly", "immediately", "beside", "that", "which", "parked")
+    after = _word(reading, i + 1), _word(reading, i + 2)
+    return after[0] not in OTHER_VEHICLE and after not in (("in", "front"), ("on", "the"))
 
 
 def _classify(reading, i):
