@@ -259,10 +259,9 @@ def check_shared_prefix(llm):
 
 
 def attention_mask(model, visible):
-    """visible [R, Q, K] bool -> [R, 1, Q, K] as the LM's attention takes it."""
-    if model.causal_lm.config._attn_implementation == "sdpa":
-        return visible[:, None]
-    return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)[:, None]
+    """visible [R, Q, K] bool -> additive [R, 1, Q, K], which sdpa and eager both take."""
+    mask = torch.zeros_like(visible, dtype=model.dtype)
+    return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)[:, None]
 
 
 def sees(query_owner, key_owner):

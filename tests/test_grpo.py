@@ -449,6 +449,35 @@ def test_models_that_cannot_share_a_prefix_are_told(tiny):
         check_shared_prefix(model.causal_lm)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
+def test_bandit(tiny, loss_type):
+    """Reward: the answer contains a token. The whole engine takes it from a few answers to nine of ten."""
+    model = build(tiny)
+    with torch.no_grad():
+        model.head_weight.mul_(8.0)  # a random head is so flat that no hidden state could make a token likely
+    prompts, visual = prompts_of(model, 2)
+    wanted = model.tokenizer.encode("c", add_special_tokens=False)[0]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+    shares = []
+    for step in range(60):
+        answers = sample_groups(model, prompts, visual, seeds_of(prompts, 24, step), [8, 8])
+        rewards = torch.tensor([[float(wanted in c.ids) for c in group] for group in answers])
+        shares.append(rewards.mean().item())
+        if sum(shares[-5:]) / 5 > 0.9:
+            break
+        live = [p for p in range(2) if has_variance(rewards)[p]]
+        if not live:
+            continue
+        groups = [Group(prompts[p], visual[p], [c.ids for c in answers[p]]) for p in live]
+        logps, _, mask = completion_logps(model, groups)
+        advantages = group_advantages(rewards)[live].flatten()
+        loss, _ = grpo_loss(logps, advantages, mask, loss_type=loss_type, max_completion_tokens=8)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(shares[:3]) / 3 < 0.2 and sum(shares[-5:]) / 5 > 0.9, shares
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reference, prompts, cached tokens
 

@@ -1,0 +1,508 @@
+"""Stage 3 as a user runs it, on tiny random models: what trains, resumes, splits, stops, and what is written.
+
+Run: `python -m pytest tests/test_stage3.py -q`
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stage3.loop
+import train_stage3
+import training
+from dataset import MODES
+from evaluate import EvaluateConfig
+from model import DriveVLM, adapter_hash
+from stage3.detect_objects import (
+    DetectConfig,
+    DetectorSettings,
+    cache_folder,
+    check_settings,
+    clip_file,
+    fingerprint,
+    write_json,
+)
+from stage3.grpo import group_advantages
+from stage3.grpo_reward_func import Reward
+from stage3.loop import PARTS, GroupTrainer, learning_rate_at
+from stage3.report import coloured
+from train_stage3 import Stage3Config
+from trainer import TrainingError
+from training import ConfigError, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIPS = ("car", "bus", "walk", "truck", "night", "stop")
+
+
+def write_evidence(folder, settings, failed=()):
+    """A detector's cache as stage3/detect_objects.py leaves it: a car in every frame, and perhaps a truck."""
+    made_by = fingerprint(settings)
+    cache = cache_folder(folder, made_by)
+    cache.mkdir(parents=True)
+    write_json(cache / "settings.json", {"made_by": made_by, "ultralytics": "test"})
+    for name in CLIPS:
+        video = f"{name}.mp4"
+        boxes = [[2, 0.9, 0.1, 0.3, 0.4, 0.6], [7, 0.3, 0.5, 0.05, 0.8, 0.5], [0, 0.12, 0.7, 0.5, 0.75, 0.8]]
+        record = {"video": video, "made_by": made_by, "ultralytics": "test"}
+        if name in failed:
+            record["error"] = "broken"
+        else:
+            frames = [{"index": i, "time": i / 19, "boxes": boxes} for i in (0, 10, 19)]
+            record |= {"bytes": 1, "frames": frames}
+        write_json(clip_file(cache, video), record)
+
+
+@pytest.fixture(scope="module")
+def stage2(tiny):
+    """A folder with stage 2's result (adapter and projector drawn at random), evidence, and a config file."""
+    folder = tiny.root / "for_stage3"
+    if folder.exists():
+        return folder
+    model = DriveVLM.from_base(tiny.vision, tiny.llm, num_frames=2, dtype="float32", seed=1)
+    model.add_lora(r=4, alpha=8, dropout=0.1, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.llm.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1, generator=generator)
+    model.set_trainable(2)
+    model.save_checkpoint(folder / "stage2" / "model")
+    write_evidence(folder / "evidence", DetectorSettings(weights="none.pt", num_frames=3))
+    config = {
+        "data": str(tiny.data), "video_root": str(tiny.videos), "vision_model": str(tiny.vision),
+        "language_model": str(tiny.llm), "num_frames": 2, "max_text_tokens": 128, "num_val_videos": 2,
+        "dtype": "float32", "frame_cache": str(folder / "frames"), "num_workers": 0,
+        "init_from": str(folder / "stage2"), "output_dir": str(folder / "default"), "max_steps": 4,
+        "learning_rate": 0.01, "per_device_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4,
+        "max_new_tokens_microscope": 14, "max_new_tokens_copilot": 8, "sample_tokens": 8, "mask_truncated": False,
+        "activation_checkpointing": False, "eval_every": 2, "sample_every": 4, "save_every": 2, "max_kl": None,
+        "evidence_cache": str(folder / "evidence"), "detector": {"weights": "none.pt", "num_frames": 3},
+    }  # JSON is YAML
+    (folder / "stage3.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def vowels(caption, evidence, mode, reference=None):
+    """A reward that random models can earn: the share of vowels."""
+    share = sum(letter in "aeiou" for letter in caption) / max(len(caption), 1)
+    return Reward(share, share / 2, 0.0, 1.0, share)
+
+
+@pytest.fixture
+def paid_for_vowels(monkeypatch):
+    """Runs that earn vowels, and draw no curves (they take longer than the training)."""
+    monkeypatch.setattr(stage3.loop, "physics_aware_reward", vowels)
+    monkeypatch.setattr(training, "plot_curves", lambda *_: None)
+    return monkeypatch
+
+
+def run_stage3(stage2, output, *flags):
+    train_stage3.main(["--config", str(stage2 / "stage3.yaml"), "--output_dir", str(output), *map(str, flags)])
+    return output
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "model" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(stage2, tmp_path_factory):
+    """One whole run of four steps."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(stage3.loop, "physics_aware_reward", vowels)
+    folder = run_stage3(stage2, tmp_path_factory.mktemp("stage3") / "run")
+    patch.undo()
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_a_run_leaves_what_it_should(finished, stage2):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "model", "checkpoints", "metrics.jsonl", "curves.png", "runs", "train.log",
+            "rollouts.jsonl", "report.html"} <= names
+    assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    state = json.loads((finished / "checkpoints" / "step-000004" / "run.json").read_text())
+    assert state["reference_sha256"] == adapter_hash(stage2 / "stage2")
+    assert state["init_from"] == str(stage2 / "stage2")
+    assert json.loads((finished / "model" / "drivevlm.json").read_text())["stage"] == 3
+
+
+def test_only_the_adapter_has_changed(finished, stage2):
+    before, after = stage2 / "stage2" / "model", finished / "model"
+    assert (before / "projector.safetensors").read_bytes() == (after / "projector.safetensors").read_bytes()
+    old, new = weights_of(stage2 / "stage2"), weights_of(finished)
+    assert old.keys() == new.keys() and all(not torch.equal(old[name], new[name]) for name in old)
+    assert not list(after.glob("adapter/reference*"))
+
+
+def test_the_first_step_stands_where_stage_2_stood(finished):
+    first, second = rows_of(finished / "metrics.jsonl")[1:3]
+    assert first["step"] == 1 and first["kl"] == 0.0 and first["clip"] == 0.0
+    assert second["kl"] > 0
+    assert all(row["sampler_gap"] < 1e-5 for row in (first, second))
+
+
+def test_every_tag_is_explained(finished):
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    tags = {key for row in rows_of(finished / "metrics.jsonl") for key in row} - {"step"}
+    expected = {f"{name}/{mode}" for name in ("reward", *PARTS, "length", "truncated") for mode in MODES}
+    expected |= {"reward", "reward_std", "dead_groups", "kl", "entropy", "clip", "clip_low", "clip_high", "loss",
+                 "grad_norm", "learning_rate", "tokens_per_second", "memory_gb", "eval_loss", "eval_reward_copilot"}
+    assert expected <= tags
+    unexplained = [tag for tag in tags if f"`{tag}`" not in page and f"`{tag.split('/')[0]}/<mode>`" not in page
+                   and f"`{tag.rsplit('_', 1)[0]}_<mode>`" not in page]
+    assert not unexplained
+
+
+def test_rollouts_hold_what_paid(finished):
+    rows = rows_of(finished / "rollouts.jsonl")
+    assert len(rows) == 4 * 4 * 4 and [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    for i in range(0, len(rows), 4):
+        group = rows[i : i + 4]
+        assert len({(r["step"], r["slot"], r["id"]) for r in group}) == 1 and [r["k"] for r in group] == [0, 1, 2, 3]
+        expected = group_advantages(torch.tensor([[r["reward"] for r in group]], dtype=torch.float64), std_floor=0.05)
+        assert [r["advantage"] for r in group] == pytest.approx(expected[0].tolist())
+    assert rows[0]["evidence"] == {"present": ["car"], "unknown": ["truck"], "salient": ["car"],
+                                   "seen": {"car": [0.0, 1.0]}}
+    assert {row["mode"] for row in rows} == set(MODES)
+    assert all(row["tokens"] <= (14 if row["mode"] == "microscope" else 8) for row in rows)
+    held_out = {name for name in CLIPS if f"{name}.mp4" not in {row["video"] for row in rows}}
+    assert len(held_out) == 2  # prompts come from the training split alone
+
+
+def test_the_report_stands_alone(finished):
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 4 * 2 * 2  # steps, modes, frames
+    assert page.count("<svg") >= 10 and "car 0.90" in page and 'class="box unknown' in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+
+
+def test_mentions_are_coloured_and_text_is_escaped():
+    text = "A <car> & a cyclist; no bus."
+    mentions = [["car", "supported", 3, 6], ["bicycle", "unknown", 12, 19], ["person", "unsupported", 12, 19],
+                ["bus", "negated", 24, 27]]
+    assert coloured(text, mentions) == (
+        'A &lt;<mark class="supported" title="car: supported">car</mark>&gt; &amp; a '
+        '<mark class="unsupported" title="bicycle: unknown; person: unsupported">cyclist</mark>; no '
+        '<mark class="negated" title="bus: negated">bus</mark>.')
+
+
+def test_learning_rate_rises_and_falls():
+    config = Stage3Config(learning_rate=1.0, warmup=0.2)
+    rates = [learning_rate_at(config, step, 10) for step in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[6] == pytest.approx(0.5)
+    linear = Stage3Config(learning_rate=1.0, warmup=0.0, lr_schedule="linear")
+    assert learning_rate_at(linear, 3, 4) == pytest.approx(0.25)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted and resumed
+
+
+def test_interrupted_and_resumed_ends_in_the_same_bits(stage2, tmp_path, finished, paid_for_vowels):
+    judge = GroupTrainer.judge
+
+    def cut_the_power(self, records):
+        if records[0]["step"] == 4:
+            raise KeyboardInterrupt
+        return judge(self, records)
+
+    with paid_for_vowels.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GroupTrainer, "judge", cut_the_power)
+        run_stage3(stage2, tmp_path / "run")
+    with open(tmp_path / "run" / "rollouts.jsonl", "a") as file:
+        file.write('{"step": 4, "half a li')
+    assert not (tmp_path / "run" / "model").exists()
+    run_stage3(stage2, tmp_path / "run", "--resume", "auto")
+    assert adapter_hash(tmp_path / "run") == adapter_hash(finished)
+    assert rows_of(tmp_path / "run" / "rollouts.jsonl") == rows_of(finished / "rollouts.jsonl")
+    clock = ("seconds", "per_second", "memory")
+    once, twice = ([{key: value for key, value in row.items() if not any(word in key for word in clock)}
+                    for row in rows_of(folder / "metrics.jsonl")] for folder in (finished, tmp_path / "run"))
+    assert once == twice
+
+
+def test_a_resume_refuses_another_reference(stage2, tmp_path, paid_for_vowels, capsys):
+    run_stage3(stage2, tmp_path / "run", "--max_steps", 2)
+    other = shutil.copytree(stage2 / "stage2", tmp_path / "other")
+    model = DriveVLM.from_checkpoint(other)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if ".lora_B." in name)[0, 0] += 1e-6
+    model.save_checkpoint(other / "model")
+    with pytest.raises(ConfigError):
+        run_stage3(stage2, tmp_path / "branch", "--max_steps", 3, "--resume", tmp_path / "run", "--init_from", other)
+    assert "was trained against the adapter of" in capsys.readouterr().err
+    moved = shutil.copytree(stage2 / "stage2", tmp_path / "moved")  # the same adapter elsewhere will do
+    run_stage3(stage2, tmp_path / "branch", "--max_steps", 3, "--resume", tmp_path / "run", "--init_from", moved)
+    assert rows_of(tmp_path / "branch" / "metrics.jsonl")[-1]["step"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step, split in different ways
+
+
+def gradients_of(stage2, output, monkeypatch, *flags):
+    """Gradients of the first step, before clipping, in the order of the parameters, as one vector; and its loss."""
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def look(parameters, limit):
+        seen.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+        return clip(parameters, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+        run_stage3(stage2, output, "--max_steps", 1, "--num_val_videos", 2, "--eval_every", 99, *flags)
+    return seen[0], rows_of(output / "metrics.jsonl")[-1]["loss"]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def test_micro_batches_change_nothing_but_for_bnpo(stage2, tmp_path, paid_for_vowels, loss_type):
+    """Four prompts in one pass or in four; with truncated answers masked, so that rows count differently."""
+    flags = ("--loss_type", loss_type, "--mask_truncated", "true", "--max_new_tokens_microscope", 70,
+             "--max_new_tokens_copilot", 50)
+    whole, loss = gradients_of(stage2, tmp_path / "a", paid_for_vowels, *flags,
+                               "--per_device_batch_size", 4, "--gradient_accumulation_steps", 1)
+    split, split_loss = gradients_of(stage2, tmp_path / "b", paid_for_vowels, *flags,
+                                     "--per_device_batch_size", 1, "--gradient_accumulation_steps", 4)
+    rows = rows_of(tmp_path / "a" / "rollouts.jsonl")
+    assert rows == rows_of(tmp_path / "b" / "rollouts.jsonl") and whole.abs().max() > 1e-3
+    assert len({row["slot"] for row in rows if row["ended"]}) > 2  # groups that teach, of different lengths
+    if loss_type == "bnpo":
+        assert (whole - split).norm() > 0.01 * whole.norm()
+    else:
+        torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-5)
+        assert loss == pytest.approx(split_loss, abs=1e-6)
+
+
+def test_the_plain_path_gives_the_same_step(stage2, tmp_path, paid_for_vowels):
+    shared, loss = gradients_of(stage2, tmp_path / "a", paid_for_vowels)
+    plain, plain_loss = gradients_of(stage2, tmp_path / "b", paid_for_vowels, "--shared_prefix", "false")
+    assert rows_of(tmp_path / "a" / "rollouts.jsonl") == rows_of(tmp_path / "b" / "rollouts.jsonl")
+    torch.testing.assert_close(shared, plain, atol=1e-6, rtol=1e-5)
+    assert loss == pytest.approx(plain_loss, abs=1e-6)
+
+
+DRIVER = """
+import sys
+
+import torch
+
+import stage3.loop, train_stage3, training
+from accelerate.state import AcceleratorState
+
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_stage3 import vowels
+
+stage3.loop.physics_aware_reward = vowels
+training.plot_curves = lambda *_: None
+clip = torch.nn.utils.clip_grad_norm_
+
+def look(parameters, limit):
+    if training.process_rank()[0] == 0:
+        torch.save(torch.cat([p.grad.flatten() for p in parameters]), f"{{folder}}/grads.pt")
+    return clip(parameters, limit)
+
+torch.nn.utils.clip_grad_norm_ = look
+for loss_type in {loss_types!r}:
+    folder = f"{folder}/two-{{loss_type}}"
+    train_stage3.main([*sys.argv[1:], "--output_dir", folder, "--loss_type", loss_type])
+    AcceleratorState._reset_state(reset_partial_state=True)
+"""
+
+
+def test_two_processes_give_the_same_step_as_one(stage2, tmp_path, paid_for_vowels):
+    losses = ["grpo", "dr_grpo", "dapo"]
+    flags = ["--mask_truncated", "true", "--max_new_tokens_microscope", 40, "--max_new_tokens_copilot", 60]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), loss_types=losses, folder=tmp_path))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(driver),
+               "--config", str(stage2 / "stage3.yaml"), "--max_steps", "1", "--eval_every", "99",
+               "--gradient_accumulation_steps", "1", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "w") as log:
+        launched = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        launched.wait(timeout=600)
+    finally:
+        launched.terminate()  # takes its workers along, which kill() would not
+    assert launched.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+    for name in losses:
+        folders = tmp_path / f"one-{name}", tmp_path / f"two-{name}"
+        alone, loss = gradients_of(stage2, folders[0], paid_for_vowels, *flags, "--loss_type", name)
+        together = torch.load(folders[1] / "grads.pt", weights_only=True)
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+        one, two = (rows_of(folder / "metrics.jsonl")[-1] for folder in folders)
+        assert two["loss"] == pytest.approx(loss, abs=1e-6)
+        for key in ("reward", "reward_std", "dead_groups", "kl", "entropy", "length/copilot", "eval_loss"):
+            assert two[key] == pytest.approx(one[key], abs=1e-5), key
+        assert rows_of(folders[0] / "rollouts.jsonl") == rows_of(folders[1] / "rollouts.jsonl")
+        assert (folders[1] / "model" / "drivevlm.json").is_file() and (folders[1] / "report.html").is_file()
+
+
+def test_inner_epochs_update_from_the_same_answers(stage2, tmp_path, paid_for_vowels):
+    run_stage3(stage2, tmp_path / "run", "--max_steps", 2, "--inner_epochs", 3, "--learning_rate", 0.05)
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert rows[1]["updates"] == 3 and rows[1]["clip"] > 0  # the ratio has moved by the second update
+    assert rows[1]["sampler_gap"] < 1e-5 and rows[1]["kl"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups without variance, clips without evidence
+
+
+def test_a_constant_reward_with_beta_0_changes_nothing(stage2, tmp_path, paid_for_vowels):
+    passes = []
+    paid_for_vowels.setattr(stage3.loop, "physics_aware_reward", lambda *_: Reward(0.1, 0.2, 0.3, 0.4, 0.7))
+    paid_for_vowels.setattr(GroupTrainer, "logps", lambda *_: passes.append(1))
+    run_stage3(stage2, tmp_path / "run", "--beta", 0)
+    assert adapter_hash(tmp_path / "run") == adapter_hash(stage2 / "stage2")
+    assert not passes  # and costs no forward pass
+    row = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["dead_groups"] == 1.0 and row["updates"] == 0 and "loss" not in row
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_dead_groups_are_in_neither_numerator_nor_denominator(stage2, tmp_path, paid_for_vowels, beta):
+    """Copilot's groups are all alike: a step on four prompts is the step on its two Microscope prompts."""
+    paid_for_vowels.setattr(
+        stage3.loop, "physics_aware_reward",
+        lambda text, evidence, mode, reference: vowels(text, evidence, mode) if mode == "microscope"
+        else Reward(0.5, 0.5, 0.5, 0.5, 0.5))
+    flags = ("--beta", beta, "--loss_type", "grpo")
+    mixed, loss = gradients_of(stage2, tmp_path / "a", paid_for_vowels, *flags)
+    assert rows_of(tmp_path / "a" / "metrics.jsonl")[-1]["dead_groups"] == 0.5
+    alone, alone_loss = gradients_of(stage2, tmp_path / "b", paid_for_vowels, *flags, "--modes", "microscope",
+                                     "--per_device_batch_size", 1)
+    assert [r["text"] for r in rows_of(tmp_path / "a" / "rollouts.jsonl") if r["mode"] == "microscope"] == [
+        r["text"] for r in rows_of(tmp_path / "b" / "rollouts.jsonl")]
+    torch.testing.assert_close(mixed, alone, atol=1e-6, rtol=1e-5)
+    assert loss == pytest.approx(alone_loss, abs=1e-6)
+
+
+def test_truncated_answers_teach_nothing_if_masked(stage2, tmp_path, paid_for_vowels):
+    run_stage3(stage2, tmp_path / "run", "--max_steps", 1, "--mask_truncated", "true", "--max_new_tokens_copilot", 1,
+               "--max_new_tokens_microscope", 1)
+    rows = rows_of(tmp_path / "run" / "rollouts.jsonl")
+    assert not any(row["ended"] for row in rows) and any(row["advantage"] != 0 for row in rows)
+    assert adapter_hash(tmp_path / "run") == adapter_hash(stage2 / "stage2")
+
+
+def test_clips_without_evidence_leave_the_reward(stage2, tmp_path, paid_for_vowels, capsys):
+    write_evidence(tmp_path / "evidence", DetectorSettings(weights="none.pt", num_frames=3), failed=("car", "bus"))
+    run_stage3(stage2, tmp_path / "run", "--evidence_cache", tmp_path / "evidence", "--num_val_videos", 1)
+    assert "2 of 6 clips have none" in capsys.readouterr().out
+    videos = {row["video"] for row in rows_of(tmp_path / "run" / "rollouts.jsonl")}
+    assert videos and not videos & {"car.mp4", "bus.mp4"}
+
+
+def test_a_clip_that_breaks_is_skipped_and_counted_up_to_the_limit(stage2, tiny, tmp_path, paid_for_vowels, finished):
+    videos = shutil.copytree(tiny.videos, tmp_path / "videos")
+    broken = rows_of(finished / "rollouts.jsonl")[0]["video"]
+    (videos / broken).write_bytes(b"no clip")
+    flags = ("--video_root", videos, "--max_steps", 2)
+    run_stage3(stage2, tmp_path / "run", *flags, "--max_failed_share", 0.5)
+    assert broken not in {row["video"] for row in rows_of(tmp_path / "run" / "rollouts.jsonl")}
+    last = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["failed_clips"] == 1
+    assert f"skipped clip 1 | {videos / broken}" in (tmp_path / "run" / "train.log").read_text()
+    with pytest.raises(TrainingError, match="max_failed_share"):
+        run_stage3(stage2, tmp_path / "strict", *flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When to stop
+
+
+def sound(folder, step, stage2):
+    """The checkpoint of `step` is there, loads, and holds finite weights."""
+    checkpoint = folder / "checkpoints" / f"step-{step:06d}"
+    weights = weights_of(checkpoint)
+    assert DriveVLM.from_checkpoint(checkpoint / "model", expect_stage=3) and (checkpoint / "optimizer.pt").is_file()
+    return all(torch.isfinite(w).all() for w in weights.values()) and not (folder / "model").exists()
+
+
+def test_a_kl_above_the_limit_stops_the_run(stage2, tmp_path, paid_for_vowels):
+    with pytest.raises(TrainingError, match="step 2: the KL to stage 2 .* above max_kl 1e-06"):
+        run_stage3(stage2, tmp_path / "run", "--max_kl", 1e-6)
+    assert sound(tmp_path / "run", 1, stage2)
+    assert rows_of(tmp_path / "run" / "metrics.jsonl")[-1]["kl"] > 1e-6  # what stopped it can be seen
+    assert "--resume auto" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(stage2, tmp_path, paid_for_vowels):
+    backward = GroupTrainer.backward
+
+    def poisoned(self, batch, *rest):
+        loss, old = backward(self, batch, *rest)
+        return (float("nan") if any(entry.mode == "copilot" for entry, *_ in batch) else loss), old
+
+    paid_for_vowels.setattr(GroupTrainer, "backward", poisoned)
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*on \w+#copilot(, \w+#copilot)*$"):
+        run_stage3(stage2, tmp_path / "run", "--per_device_batch_size", 1)
+    assert sound(tmp_path / "run", 0, stage2)
+    assert weights_of(tmp_path / "run" / "checkpoints" / "step-000000").keys() == weights_of(stage2 / "stage2").keys()
+
+
+def test_steps_without_a_living_group_stop_the_run(stage2, tmp_path, paid_for_vowels):
+    paid_for_vowels.setattr(stage3.loop, "physics_aware_reward", lambda *_: Reward(0.0, 0.0, 0.0, 0.0, 0.0))
+    with pytest.raises(TrainingError, match="3 steps in a row no group's rewards differed"):
+        run_stage3(stage2, tmp_path / "run", "--max_dead_steps", 3)
+    assert sound(tmp_path / "run", 3, stage2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused before anything slow
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--num_generations", 1), "num_generations must be 2 at least"),
+    (("--modes", "copilot", "telescope"), "modes must be of microscope, copilot, got copilot, telescope"),
+    (("--beta", "-1", "--temperature", "0"), "beta must not be below 0"),
+    (("--loss_type", "ppo"), "loss_type must be grpo or bnpo or dr_grpo or dapo"),
+    (("--evidence_cache", "nowhere"), "detector.weights: no such file"),
+    (("--init_from", "nowhere"), "init_from: no drivevlm.json"),
+    (("--num_generation", 4), "did you mean 'num_generations'"),
+])
+def test_refused(stage2, tmp_path, capsys, flags, message):
+    with pytest.raises(ConfigError) as error:
+        run_stage3(stage2, tmp_path / "run", *flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_wrong_stage_is_refused(stage2, finished, tmp_path, capsys):
+    with pytest.raises(ConfigError):
+        run_stage3(stage2, tmp_path / "run", "--init_from", finished)
+    assert "is of stage 3; stage 3 starts from stage 2" in capsys.readouterr().err
+
+
+@dataclasses.dataclass
+class AnyMachine(Stage3Config):
+    """Stage 3's keys, without a look at what is on this machine."""
+
+    def problems(self):
+        return []
+
+
+@pytest.mark.parametrize("path", ["configs/stage3.yaml", "configs/demo/stage3.yaml"])
+def test_the_configs_hold_every_key_and_nothing_else(path):
+    config = load_config(AnyMachine, ["--config", str(ROOT / path)], also=(DetectConfig, EvaluateConfig))
+    assert not check_settings(dataclasses.replace(config.detector, weights="yolov8x.pt"), "detector", config.num_frames)
+    text = (ROOT / path).read_text()
+    assert not [f.name for f in dataclasses.fields(Stage3Config) if f"\n{f.name}:" not in text]
