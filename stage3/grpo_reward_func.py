@@ -19,6 +19,7 @@ from stage3.vocabulary_config import (
     COMMA,
     CONNECTIVE_INDEX,
     CONNECTIVE_WORDS,
+    DETERMINERS,
     EXCLUSIVE,
     FUNCTION_WORDS,
     SAFETY_CRITICAL,
@@ -253,7 +254,8 @@ def check_claims(claims, evidence):
 
 def judge_clauses(caption, facts, evidence, mode):
     """Sets the truth of each clause. One that names nothing goes on with the clause before it in its sentence ("slows,
-    then stops") or, after "it" or "they", in the text; in Copilot mode a bare verb is an order to the driver."""
+    then stops") or, after "it" or "they", in the text, unless it brings a subject of its own ("while a figure waits");
+    in Copilot mode a bare verb is an order to the driver."""
     before, sentence = "", -1
     for clause in caption.clauses:
         verdicts = {_verdict(claim, evidence) for claim in clause.claims}
@@ -267,8 +269,16 @@ def judge_clauses(caption, facts, evidence, mode):
         elif clause.ego or mode == "copilot" and not clause.claims and inherited != "false" and first in VERB_OF:
             clause.truth = "ego"
         else:
-            clause.truth = inherited
+            clause.truth = "" if _has_own_subject(caption, clause) else inherited
         before, sentence = clause.truth, clause.sentence
+
+
+def _has_own_subject(caption, clause):
+    """A determiner stands before the clause's first verb: "while a figure waits", not "at the corner"."""
+    words = caption.reading.words
+    verb = next((i for i in range(clause.first, clause.stop) if caption.verbs[i]), clause.first)
+    start = clause.first + (words[clause.first] in PRONOUNS)
+    return any(words[i] in DETERMINERS for i in range(start, verb))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

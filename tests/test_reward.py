@@ -399,6 +399,9 @@ def test_orders_and_other_riches_are_capped():
     ego = "A car is there. The ego vehicle slows, then it stops, then it turns, then it merges ahead of it."
     seen = "A car is there. The car slows, then it stops, then it turns, then it merges ahead of it."
     assert physics_aware_reward(ego, one, C).temporal < physics_aware_reward(seen, one, C).temporal
+    for unlisted in ("a figure crosses", "the family leaves", "an apparition enters"):
+        assert physics_aware_reward(f"{PLAIN} A car is there, while {unlisted}.", D, M).temporal < physics_aware_reward(
+            f"{PLAIN} A car is there, while it crosses.", D, M).temporal
     assert physics_aware_reward("A red sedan is behind. A bus passes.", one, C).detail > 0
     assert physics_aware_reward("A red sedan is behind a bus. It passes.", one, C).detail == 0
 
