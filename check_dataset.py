@@ -324,7 +324,7 @@ def split(rows: list[Row], config, found: Findings) -> tuple[list[Entry], list[E
     """The split that training makes of these rows."""
     entries = [entry for row in rows for entry in row.entries]
     try:
-        return dataset.split_by_video(entries, config.num_val_videos, config.seed, config.video_root)
+        return dataset.split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
     except DataError as error:
         if entries:
             found.warning("split_too_small", "all rows", str(error))
@@ -377,10 +377,8 @@ def same_picture(one: dict | None, other: dict | None) -> bool:
 
 def write_sound_rows(rows: list[Row], path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as out:
-        for row in rows:
-            if not row.bad:
-                out.write(json.dumps(row.raw, ensure_ascii=False) + "\n")
+    lines = [json.dumps(row.raw, ensure_ascii=False) + "\n" for row in rows if not row.bad]
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,6 +441,7 @@ def in_processes(function, items, workers: int, timeout: float | None = None):
 
 def _serve(function, pipe, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what decord prints about a clip stands in the report
     torch.set_num_threads(1)
     while True:
         while not pipe.poll(2.0):
@@ -498,14 +497,12 @@ def check_labels(rows, tokenizer, vision, config, found: Findings) -> dict[str, 
 
 def check_entry(tokenizer, entry: Entry, visual_tokens: int, limit: int) -> tuple[list[tuple], list[int]]:
     """([(level, code, message)], [text tokens of each caption before any cut])."""
-    control = dataset.find_control_text(tokenizer, entry.question)
-    if control:
+    if control := find_control(tokenizer, entry.question):
         return [("error", "control_token", f"the question spells out {control}")], []
     problems, tokens, prompt = [], [], len(dataset.encode_prompt(tokenizer, entry.question, 0))
     for number, caption in enumerate(entry.captions, start=1):
         name = f"caption {number}" if len(entry.captions) > 1 else "the caption"
-        control = dataset.find_control_text(tokenizer, caption)
-        if control:
+        if control := find_control(tokenizer, caption):
             problems.append(("error", "control_token", f"{name} spells out {control}"))
             continue
         try:
@@ -520,6 +517,12 @@ def check_entry(tokenizer, entry: Entry, visual_tokens: int, limit: int) -> tupl
                 message = f"{tokens[-1]} tokens with prompt and end, {message}"
             problems.append(("warning" if code == "caption_cut" else "error", code, f"{name}: {message}"))
     return problems, tokens
+
+
+def find_control(tokenizer, text: str) -> str | None:
+    """A control token of this tokenizer, or of its like, that is spelt out in `text`."""
+    likely = re.search(r"<\|\w+\|>|</?think>|<video>|<image>", text)
+    return dataset.find_control_text(tokenizer, text) or (likely[0] if likely else None)
 
 
 def check_example(tokenizer, example: dict, prompt: int, caption: str, visual_tokens: int):
@@ -762,7 +765,7 @@ def summary_lines(report: dict, config, vision) -> list[tuple[str, str]]:
     modes = ", ".join(f"{n['train'] + n['held_out']:,} {mode}" for mode, n in c["modes"].items())
     lines = [("rows", f"{c['rows']:,} readable, {c['entries']:,} entries ({modes}) of {c['clips']:,} clips")]
     lines.append(("split", f"{c['train_clips']:,} clips to train on, {c['held_out_clips']:,} held out "
-                           f"(seed {config.seed})"))
+                           f"(seed {config.split_seed})"))
     if t := c["text_tokens"]:
         lines.append(("text", f"{t['min']:.0f} to {t['max']:.0f} tokens with prompt and end, median {t['median']:.0f}; "
                               f"the limit of {t['limit']:,} cuts {t['cut']:,} of {c['captions']:,} captions"))
@@ -804,7 +807,7 @@ def print_summary(report, config, folder, vision, seconds) -> None:
         if len(group) > 3:
             print(f"      ... and {len(group) - 3:,} more in report.json")
     if config.drop_bad:
-        print(f"  sound rows: {config.drop_bad}")
+        print(f"  {report['counts']['rows'] - report['counts']['bad_rows']:,} sound rows: {config.drop_bad}")
     print(f"  report: {folder / 'report.html'} ({seconds:.0f} s)")
     print(f"{config.data} is {verdict(report, config.strict)}")
 
@@ -894,13 +897,15 @@ def html_page(report, config, pages, vision) -> str:
         + "".join(f"<td>{c['words'][mode].get(key, 0):.0f}</td>" for key in ("min", "median", "max")) + "</tr>"
         for mode, n in c["modes"].items()
     )
-    problems = "".join(problem_html(level, code, group) for level, code, group in grouped(report["problems"]))
+    problems = "".join(problem_html(level, code, group, level == "error" or report["ok"])
+                       for level, code, group in grouped(report["problems"]))
     state = "good" if report["ok"] else "bad"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Dataset check: {e(Path(config.data).name)}</title><style>{STYLE}</style>
-<header><h1>Dataset check <span class="badge {state}">{e(verdict(report, config.strict))}</span></h1>
-<p>{e(config.data)} &middot; clips in {e(config.video_root)} &middot; tokenizer {e(config.language_model)}</p></header>
+<header><div><h1>Dataset check <span class="badge {state}">{e(verdict(report, config.strict))}</span></h1>
+<p>{e(config.data)} &middot; clips in {e(config.video_root)} &middot; tokenizer {e(config.language_model)}</p></div>
+</header>
 <main>
 <div class="tiles">{tile_html}</div>
 <section class="two"><div><h2>Totals</h2><table class="plain">{lines}</table></div>
@@ -915,11 +920,11 @@ def html_page(report, config, pages, vision) -> str:
 """
 
 
-def problem_html(level: str, code: str, group: list[dict], shown: int = 8) -> str:
+def problem_html(level: str, code: str, group: list[dict], unfolded: bool, shown: int = 8) -> str:
     e = html.escape
     rows = "".join(f"<tr><td>{e(p['where'])}</td><td>{e(p['message'])}</td></tr>" for p in group[:shown])
     more = f'<p class="more">and {len(group) - shown:,} more in report.json</p>' if len(group) > shown else ""
-    state = "open" if level == "error" else ""
+    state = "open" if unfolded else ""
     return (f'<details class="problem {level}" {state}><summary><span class="badge {level}">{level}</span> '
             f'<code>{code}</code> <b>{len(group):,}</b> <span class="why">{e(CODES[code])}</span></summary>'
             f"<table>{rows}</table>{more}</details>")
@@ -970,11 +975,10 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; color: var(--ink);
   background: #f5f7f9; }
-header { background: #fff; border-bottom: 1px solid var(--line); padding: 20px max(24px, calc(50vw - 590px)) 12px; }
+header { background: #fff; border-bottom: 1px solid var(--line); }
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 32px 0 10px; } h3 { font-size: 15px; margin: 0; }
 header p, .meta, .more, figcaption { color: var(--soft); margin: 4px 0 0; font-size: 13px; }
-main { max-width: 1180px; margin: 0 auto; padding: 20px 0 60px; }
-@media (max-width: 1220px) { main { padding: 16px 20px; } }
+header > div, main { max-width: 1220px; margin: 0 auto; padding: 20px 20px 12px; } main { padding-bottom: 60px; }
 .badge { display: inline-block; border-radius: 999px; padding: 2px 12px; font-size: 13px; font-weight: 600; color: #fff;
   vertical-align: middle; }
 .badge.good { background: var(--good); } .badge.bad, .badge.error { background: var(--bad); }
@@ -1006,7 +1010,7 @@ article { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
 .mode.copilot { background: #f6ebdc; color: #7d4b06; }
 .strip { display: flex; flex-wrap: wrap; gap: 4px; margin: 10px 0; } .strip img { height: 76px; border-radius: 4px; }
 .tokens { font: 13.5px/1.95 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  max-height: 420px; overflow: auto; margin-top: 8px; }
+  margin-top: 8px; }
 .t { border-radius: 3px; padding: 1px 0; } .legend .t { padding: 2px 8px; margin-right: 6px; font-size: 13px; }
 .masked { background: #eceff2; color: #66727f; } .supervised { background: #d8f0de; color: #10522b; }
 .supervised:nth-child(even) { background: #c7e8d0; } .masked:nth-child(even) { background: #e3e7eb; }

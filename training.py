@@ -77,7 +77,7 @@ def opt(default, help):
 class DataConfig:
     """Data and base models"""
 
-    data: str = opt("data/captions.json", "captions: a JSON list or JSONL (docs: README, bring your own clips)")
+    data: str = opt("data/captions.json", "captions: JSON, JSONL or BDD-X CSV, or a folder of them (README: bring your own clips)")
     video_root: str = opt("data/videos", "folder that the rows' video paths are relative to")
     output_dir: str = opt("output/run", "run folder: everything that this run writes")
     vision_model: str = opt("google/siglip2-so400m-patch14-384", "SigLIP-style tower: a folder or a hub name")
@@ -85,7 +85,8 @@ class DataConfig:
     num_frames: int = opt(16, "frames read from each clip, first and last included")
     max_text_tokens: int = opt(1024, "limit for question + answer + end token; longer answers are cut at a sentence")
     num_val_videos: int = opt(40, "clips held out for evaluation, with all their entries")
-    seed: int = opt(42, "decides the split, the order, caption variants, augmentation and new weights")
+    split_seed: int = opt(42, "decides which clips are held out; must be the same in all stages")
+    seed: int = opt(42, "decides the order, caption variants, augmentation, new weights and sampled answers")
     dtype: typing.Literal["bfloat16", "float32"] = opt("bfloat16", "frozen weights and autocast; trained ones are fp32")
     default_mode: typing.Literal["microscope", "copilot"] | None = opt(None, "mode of rows whose question is not known")
     frame_cache: str | None = opt("output/frame_cache", "folder of decoded frames, shared by all runs; none = no cache")
@@ -412,8 +413,8 @@ def check_inputs(config, *, stage=None, models=("vision_model", "language_model"
     has_videos = Path(config.video_root).is_dir()
     if not has_videos:
         problems.append(f"video_root: no folder {config.video_root} (the folder that the rows' paths start from)")
-    if not Path(config.data).is_file():
-        problems.append(f"data: no file {config.data} (one row a clip: "
+    if not Path(config.data).exists():
+        problems.append(f"data: no file or folder {config.data} (one row a clip: "
                         '{"video": "a.mov", "microscope": ["..."], "copilot": ["..."]})')
     elif read_entries:
         from dataset import DataError, load_entries

@@ -71,6 +71,7 @@ def test_faults_of_rows_and_texts(tiny, check):
         ({"video": car, "copilot": ["bad \ufffd"]}, "bad_unicode"),
         ({"video": car, "copilot": ["bad \ud800"]}, "bad_unicode"),
         (row(car, "A car.<|im_end|>"), "control_token"),
+        (row(car, "<think>A car."), "control_token"),
         ({"video": car, "q": "What <|video_pad|>?", "mode": "copilot", "a": "A car."}, "control_token"),
         (row("../videos/../../x.mp4"), "path_escape"),
         (row("/etc/passwd"), "path_escape"),
