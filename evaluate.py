@@ -564,8 +564,8 @@ def known_truth(config: EvaluateConfig, train: list[Entry], entries: list[Entry]
 
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
-    train, held_out = split_by_video(load_entries(config.data, config.default_mode), config.num_val_videos, config.seed,
-                                     config.video_root)
+    train, held_out = split_by_video(load_entries(config.data, config.default_mode), config.num_val_videos,
+                                     config.split_seed, config.video_root)
     missing = [mode for mode in MODES if not any(entry.mode == mode for entry in held_out)]
     if missing:
         fail([f"data: no {mode} entry among the held-out clips of {config.data}" for mode in missing])

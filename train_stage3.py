@@ -122,7 +122,7 @@ def train(config, entries, run):
     device = start_process()
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the detector may run for long on another rank
     accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patient])
-    train_entries, held_out = split_by_video(entries, config.num_val_videos, config.seed, config.video_root)
+    train_entries, held_out = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
     run.start(config, step=first)
     run.say(f"stage 3 in {run.folder} on {device} | {len(train_entries)} entries to train on, {len(held_out)} held out")
 

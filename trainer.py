@@ -54,7 +54,7 @@ def plan(config, entries):
     """(training entries, held-out entries, sampler); ConfigError if the split leaves less than one optimizer step."""
     step_size = config.per_device_batch_size * config.gradient_accumulation_steps * process_rank()[1]
     try:
-        train, held_out = split_by_video(entries, config.num_val_videos, config.seed, config.video_root)
+        train, held_out = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
         return train, held_out, EpochSampler(len(train), step_size, config.seed)
     except DataError as error:
         fail([f"data: {error}"])
@@ -261,7 +261,8 @@ class StageTrainer(Trainer):
         main, *others = self.learning_rates.items()
         values = {
             "loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"],
-            "tokens_per_second": self.step_tokens / seconds, "data_wait": self.waited / seconds,
+            "step_seconds": seconds, "tokens_per_second": self.step_tokens / seconds,
+            "data_wait": self.waited / seconds,
             "memory_gb": memory_gb(self.args.device), "seconds_left": left,
             "failed_clips": len(self.failed_clips),
         }

@@ -77,7 +77,7 @@ def opt(default, help):
 class DataConfig:
     """Data and base models"""
 
-    data: str = opt("data/captions.json", "captions: JSON, JSONL or BDD-X CSV, or a folder of them (README: bring your own clips)")
+    data: str = opt("data/captions.json", "captions: a JSON, JSONL or BDD-X CSV file, or a folder of them (see README)")
     video_root: str = opt("data/videos", "folder that the rows' video paths are relative to")
     output_dir: str = opt("output/run", "run folder: everything that this run writes")
     vision_model: str = opt("google/siglip2-so400m-patch14-384", "SigLIP-style tower: a folder or a hub name")

@@ -73,7 +73,7 @@ def main(argv=None):
     truth = {v: set(row["present"]) for v, row in json.loads(truth_file.read_text(encoding="utf-8")).items()}
     entries = load_entries(config.data, config.default_mode)
     evidence = load_evidence(config.evidence_cache, entries, config.detector)
-    train, held_out = split_by_video(entries, config.num_val_videos, config.seed, config.video_root)
+    train, held_out = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
     clips = set(sorted({entry.video for entry in train})[:args.num_clips])
     said = sample(config, [e for e in train if e.video in clips and evidence[e.video]], args.num_samples, 16)
     results = {}
@@ -92,7 +92,7 @@ def main(argv=None):
             "spearman_total": spearman([r.total for r in rewards], f1),
             "reference_reward": float(np.mean(paid)), "swapped_reward": float(np.mean(swapped)),
         }
-    print("| mode | answers | mean F1 | Spearman R_obj, F1 | Spearman total, F1 | reward of references | on another clip |")
+    print("| mode | answers | mean F1 | Spearman R_obj, F1 | total, F1 | references' reward | on another clip |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for mode, r in results.items():
         print(f"| {mode} | {r['answers']} | {r['mean_f1']:.2f} | {r['spearman_objects']:.2f} | "

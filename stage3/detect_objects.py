@@ -446,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, world_size = process_rank()
     entries = load_entries(config.data, config.default_mode)
     if config.which == "judge":
-        entries = split_by_video(entries, config.num_val_videos, config.seed, config.video_root)[1]
+        entries = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)[1]
     videos = sorted({entry.video for entry in entries})
     failed = detect_clips(videos, config.video_root, settings, config.evidence_cache, rank=rank, world_size=world_size)
     for video, reason in failed.items():

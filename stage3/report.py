@@ -118,7 +118,8 @@ def svg_curve(rows, series, low=None, high=None):
 
 def curves(rows):
     """All plots, one colour a mode."""
-    by_mode = [("Reward", "reward", 0.0, 1.0), *((f"{name.capitalize()} ({weight:.2f})", name, 0.0, 1.0) for name, weight in PARTS),
+    by_mode = [("Reward", "reward", 0.0, 1.0),
+               *((f"{name.capitalize()} ({weight:.2f})", name, 0.0, 1.0) for name, weight in PARTS),
                ("Tokens an answer", "length", 0.0, None), ("Share cut off", "truncated", 0.0, 1.0)]
     plots = []
     for title, key, low, high in by_mode:
