@@ -615,10 +615,14 @@ def cache_size(cache_dir) -> tuple[int, int]:
 
 def limit_cache(cache_dir, gigabytes: float | None) -> None:
     """Let a cache folder grow to `gigabytes` (None: without limit). The limit is kept in the folder, so that all who
-    share it obey; clips that find no room are decoded each time."""
+    share it obey; clips that find no room are decoded each time. Also removes what killed processes left half written.
+    """
     file = Path(cache_dir) / "limit_gb"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("" if gigabytes is None else str(gigabytes), encoding="utf-8")
+    for left in Path(cache_dir).glob("??/.*.tmp"):
+        if time.time() - left.stat().st_mtime > 2 * LOCK_TIMEOUT:
+            left.unlink()
     _has_room.cache_clear()
 
 

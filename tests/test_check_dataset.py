@@ -193,19 +193,19 @@ def test_leaks_across_the_split(tiny, check, tmp_path):
     names = [str(clip.relative_to(videos)) for clip in sorted(videos.rglob("*.mp4"))]
     rows = [both(name) for name in names]
     seed = seed_that_parts(rows, "car.mp4", "sub/car.mp4", tmp_path)
-    exit_code, report = check(rows, "--seed", seed, video_root=videos)
+    exit_code, report = check(rows, "--split_seed", seed, video_root=videos)
     leaks = [p for p in report["problems"] if p["level"] == "error"]
     assert exit_code == 1 and [(p["code"], p["where"].split()[0]) for p in leaks] == [("split_leak", "sub/car.mp4")]
     assert codes(report)["duplicate_clip"] == 1
     seed = seed_that_parts(rows, "bus.mp4", "sub/bus.mp4", tmp_path)
-    assert "split_leak" in codes(check(rows, "--seed", seed, "--no-video")[1])  # by name alone
+    assert "split_leak" in codes(check(rows, "--split_seed", seed, "--no-video")[1])  # by name alone
 
     rows = [both(name) for name in names if "sub" not in name]
     rows[0]["microscope"] = rows[1]["microscope"] = [LONG]
     rows[2]["copilot"] = rows[3]["copilot"] = ["Car stops."]
     for one, other, code in ((0, 1, "split_leak"), (2, 3, "same_caption")):
         seed = seed_that_parts(rows, rows[one]["video"], rows[other]["video"], tmp_path)
-        assert code in codes(check(rows, "--seed", seed, "--no-video")[1])
+        assert code in codes(check(rows, "--split_seed", seed, "--no-video")[1])
 
 
 RENDERERS = {  # a broken renderer, and the code under which it must be found

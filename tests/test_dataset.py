@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import struct
+import time
 import unicodedata
 from dataclasses import replace
 from fractions import Fraction
@@ -255,10 +256,12 @@ def test_paths_stay_inside_the_video_root(tmp_path):
     (root / "d").mkdir(parents=True)
     (root / "d" / "x.mp4").write_bytes(b"clip")
     (tmp_path / "secret.mp4").write_bytes(b"clip")
+    (tmp_path / "videos2").mkdir()
     (root / "out.mp4").symlink_to(tmp_path / "secret.mp4")
     (root / "in.mp4").symlink_to(root / "d" / "x.mp4")
     assert resolve_video(root, "d/../d/x.mp4") == resolve_video(root, "in.mp4") == (root / "d" / "x.mp4").resolve()
-    for video in ("../secret.mp4", "d/../../secret.mp4", "out.mp4", str(tmp_path / "secret.mp4"), "~/x.mp4",
+    for video in ("../secret.mp4", "../videos2/x.mp4", ".",
+                  "d/../../secret.mp4", "out.mp4", str(tmp_path / "secret.mp4"), "~/x.mp4",
                   "https://host/x.mp4", "file:///etc/passwd", "d\\x.mp4", "x\0.mp4"):
         with pytest.raises(DataError) as error:
             resolve_video(root, video)
@@ -545,7 +548,12 @@ def test_the_cache_can_be_limited(tiny, tmp_path, decodes):
     files, size = dataset.cache_size(tmp_path)
     assert files == 2 and 2 * one < size < 2.5 * one
     assert len(decodes) == 6
+    for name, age in (("old", 1e6), ("young", 1)):
+        (files_left := tmp_path / "ab" / f".{name}.tmp").parent.mkdir(exist_ok=True)
+        files_left.write_bytes(b"half")
+        os.utime(files_left, (time.time() - age,) * 2)
     dataset.limit_cache(tmp_path, None)
+    assert [left.name for left in tmp_path.glob("ab/.*")] == [".young.tmp"]
     for clip in clips:
         cached_frames(clip, 4, 96, tmp_path)
     assert dataset.cache_size(tmp_path)[0] == 6 and len(decodes) == 10
