@@ -720,13 +720,13 @@ def plot_curves(metrics, picture, panels: dict[str, list[str]] | None = None):
         return
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 3.1 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 3.1 * lines), squeeze=False,
+                                layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
         _draw_panel(axis, title, {key: series[key] for key in keys})
     figure.suptitle(str(Path(metrics).parent), fontsize=9, color="#64748b", x=0.01, ha="left")
-    figure.tight_layout()
     temporary = picture.with_name(f".{picture.name}.{os.getpid()}.png")
     figure.savefig(temporary, dpi=120)
     plt.close(figure)

@@ -1,0 +1,80 @@
+"""The README's pictures and table, from the runs that `make demo` left in output/demo.
+
+    python -m demo.pictures
+
+Writes docs/toy_world.jpg (frames of held-out clips with what stage 2 and stage 3 said), docs/stage1_curves.png,
+docs/stage3_curves.png, and prints the README's table.
+"""
+
+import json
+import shutil
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from dataset import read_frames
+
+OUT, DOCS = Path("output/demo"), Path("docs")
+COLUMNS = {"precision": "precision", "recall": "recall", "f1_micro": "F1", "chair_i": "CHAIRi", "chair_s": "CHAIRs",
+           "order": "order"}
+
+
+def readme_table(metrics: dict, mode: str) -> str:
+    """One mode's rows; half the 95% bootstrap interval behind each number."""
+    lines = ["| " + " | ".join([mode.capitalize(), "words", *COLUMNS.values()]) + " |",
+             "|" + " --- |" * (len(COLUMNS) + 2)]
+    for system, blocks in metrics["systems"].items():
+        block, cells = blocks[mode], []
+        for key in COLUMNS:
+            low, high = block["interval"][key]
+            cells.append(f"{block[key]:.2f} ± {(high - low) / 2:.2f}")
+        lines.append(f"| {system} | {block['words']:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mended_clips(predictions: list[dict], truth: dict, number: int) -> list[str]:
+    """Clips on which stage 2 names a person who is not there and stage 3 does not."""
+    said = {(row["system"], row["video"]): row["text"] for row in predictions if row["mode"] == "microscope"}
+    names = ("pedestrian", "person")
+
+    def invents(system, video):
+        return any(name in said[system, video] for name in names)
+
+    clips = sorted(video for system, video in said if system == "stage2" and "person" not in truth[video]["present"])
+    return [v for v in clips if invents("stage2", v) and not invents("stage3", v)][:number]
+
+
+def draw_clips(clips: list[str], predictions: list[dict], path: Path):
+    said = {(row["system"], row["video"]): row["text"] for row in predictions if row["mode"] == "microscope"}
+    figure, axes = plt.subplots(2 * len(clips), 1, figsize=(12, 2.05 * len(clips)),
+                                height_ratios=[1.13, 0.92] * len(clips), layout="constrained")
+    for clip, picture, words in zip(clips, axes[::2], axes[1::2], strict=True):
+        frames = read_frames(OUT / "world" / "videos" / clip, 6, 192)
+        picture.imshow(np.concatenate(list(frames), axis=1), aspect=9 / 16)
+        text = "\n".join(textwrap.fill(f"{system}: {said[system, clip]}", 165, subsequent_indent="    ")
+                         for system in ("stage2", "stage3"))
+        words.text(0, 1, text, fontsize=9.5, va="top")
+        picture.axis("off")
+        words.axis("off")
+    figure.savefig(path, dpi=100, pil_kwargs={"quality": 85})
+
+
+def main():
+    metrics = json.loads((OUT / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
+    lines = (OUT / "evaluate" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    predictions = [json.loads(line) for line in lines]
+    truth = json.loads((OUT / "world" / "truth.json").read_text(encoding="utf-8"))
+    draw_clips(mended_clips(predictions, truth, 3), predictions, DOCS / "toy_world.jpg")
+    for stage in ("stage1", "stage3"):
+        shutil.copy(OUT / stage / "curves.png", DOCS / f"{stage}_curves.png")
+    for mode in ("microscope", "copilot"):
+        print(readme_table(metrics, mode), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
