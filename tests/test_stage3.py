@@ -305,13 +305,14 @@ import sys
 import torch
 
 import stage3.loop, train_stage3, training
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_stage3 import vowels
 
 stage3.loop.physics_aware_reward = vowels
 training.plot_curves = lambda *_: None
+Accelerator.end_training = lambda self: None  # one process group serves all three
 clip = torch.nn.utils.clip_grad_norm_
 
 def look(parameters, limit):
@@ -323,7 +324,6 @@ torch.nn.utils.clip_grad_norm_ = look
 for loss_type in {loss_types!r}:
     folder = f"{folder}/two-{{loss_type}}"
     train_stage3.main([*sys.argv[1:], "--output_dir", folder, "--loss_type", loss_type])
-    AcceleratorState._reset_state(reset_partial_state=True)
 """
 
 
