@@ -176,4 +176,7 @@ def get_evidence(config, entries, run, accelerator):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except DetectionError as error:
+        sys.exit(f"train_stage3: {error}")

@@ -118,8 +118,11 @@ class GroupTrainer:
                 problem = (f"in {limit} steps in a row no group's rewards differed: there is nothing to learn from "
                            "(are all answers alike? see rollouts.jsonl and the entropy; a higher temperature helps)")
             if problem:
-                self.save(step - 1 if stats["updates"] == 0 and live else step)
-                raise TrainingError(f"step {step}: {problem}")
+                last = step - 1 if stats["updates"] == 0 and live else step
+                self.save(last)
+                raise TrainingError(f"step {step}: {problem}\nthe weights before that are in "
+                                    f"{self.run.checkpoints / f'step-{last:06d}'}; --resume with this path and another "
+                                    "--output_dir goes on from there with other settings")
             self.look(step)
             if step % self.config.save_every == 0 or step == self.total:
                 self.save(step)

@@ -454,7 +454,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(stage2, tmp
         return (float("nan") if any(entry.mode == "copilot" for entry, *_ in batch) else loss), old
 
     paid_for_vowels.setattr(GroupTrainer, "backward", poisoned)
-    with pytest.raises(TrainingError, match=r"step 1: loss nan.*on \w+#copilot(, \w+#copilot)*$"):
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*on \w+#copilot(, \w+#copilot)*\n"):
         run_stage3(stage2, tmp_path / "run", "--per_device_batch_size", 1)
     assert sound(tmp_path / "run", 0, stage2)
     assert weights_of(tmp_path / "run" / "checkpoints" / "step-000000").keys() == weights_of(stage2 / "stage2").keys()
