@@ -298,7 +298,7 @@ def resolve_video(video_root, video: str) -> Path:
         raise RowError("path_escape", f"{video!r} must be a plain path relative to the video root")
     root = _real_root(str(video_root))
     path = os.path.realpath(os.path.join(root, video))
-    if not video.isascii() and not os.path.exists(path):  # macOS writes names as NFD, most captions files hold NFC: the same name
+    if not video.isascii() and not os.path.exists(path):  # macOS writes names as NFD, captions files hold mostly NFC
         spellings = [os.path.realpath(os.path.join(root, unicodedata.normalize(f, video))) for f in ("NFC", "NFD")]
         path = next(filter(os.path.exists, spellings), path)
     if not path.startswith(root + os.sep):
