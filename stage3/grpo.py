@@ -207,10 +207,10 @@ def prompts_of_step(entries, step, count, modes, seed):
     Slots are dealt out to `modes` in turn (a mode named twice gets two slots in a round). Each mode's entries are gone
     through in an order shuffled by (seed, mode, pass).
     """
-    chosen = []
+    chosen, pools = [], {mode: [entry for entry in entries if entry.mode == mode] for mode in set(modes)}
     for slot in range(step * count, (step + 1) * count):
         mode = modes[slot % len(modes)]
-        pool = [entry for entry in entries if entry.mode == mode]
+        pool = pools[mode]
         before = slot // len(modes) * modes.count(mode) + modes[: slot % len(modes)].count(mode)
         generator = torch.Generator().manual_seed(stable_seed(seed, mode, before // len(pool)))
         chosen.append(pool[torch.randperm(len(pool), generator=generator)[before % len(pool)]])
@@ -432,7 +432,8 @@ def load_reference(model, folder):
 
 @contextmanager
 def reference(model):
-    """Inside, the model is the reference; outside, the policy. PEFT flips requires_grad on a switch: set it right."""
+    """Inside, the model is the reference; outside, the policy. A switch of adapters flips requires_grad in PEFT, not in
+    all versions alike: it is set right here."""
     model.llm.set_adapter("reference")
     try:
         yield
