@@ -63,14 +63,13 @@ def sample(config, entries, num_samples: int, batch_size: int):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo/stage3.yaml", help="stage 3's config, with its evidence made")
+    parser.add_argument("--truth", type=Path, default=Path("output/demo/world/truth.json"), help="the exact truth")
     parser.add_argument("--num_clips", type=int, default=60, help="training clips to sample on")
     parser.add_argument("--num_samples", type=int, default=4, help="answers a clip and mode")
     parser.add_argument("--json", type=Path, default=Path("output/bench/reward_truth.json"), help="where numbers go")
     args = parser.parse_args(argv)
-    flags = ["--config", args.config]
-    config = load_config(Stage3Config, flags, also=(DetectConfig, EvaluateConfig))
-    truth_file = Path(load_config(EvaluateConfig, flags, also=(DetectConfig, Stage3Config)).truth)
-    truth = {v: set(row["present"]) for v, row in json.loads(truth_file.read_text(encoding="utf-8")).items()}
+    config = load_config(Stage3Config, ["--config", args.config], also=(DetectConfig, EvaluateConfig))
+    truth = {v: set(row["present"]) for v, row in json.loads(args.truth.read_text(encoding="utf-8")).items()}
     entries = load_entries(config.data, config.default_mode)
     evidence = load_evidence(config.evidence_cache, entries, config.detector)
     train, held_out = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
