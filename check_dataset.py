@@ -102,6 +102,7 @@ class CheckConfig(DataConfig):
     strict: bool = opt(False, "warnings fail too")
     json: str | None = opt(None, "also write the report to this JSON file")
     drop_bad: str | None = opt(None, "write the rows without errors to this JSONL file")
+    other_data: list[str] = opt([], "data files of other stages: do they train on a clip that is held out here?")
     build_cache: bool = opt(False, "fill frame_cache: decode every clip once, as training wants it")
     cache_limit_gb: float | None = opt(None, "with --build-cache: the cache may grow to this size; none = no limit")
     decode: typing.Literal["all", "sampled"] = opt("all", "all frames of a clip, or (faster) those that training reads")
@@ -114,6 +115,7 @@ class CheckConfig(DataConfig):
                                                                        getattr(self, key) > 0)]
         if self.examples < 0:
             found.append(f"examples must be at least 0, got {self.examples}")
+        found += [f"other_data: no file or folder {file}" for file in self.other_data if not Path(file).exists()]
         if self.build_cache and self.no_video:
             found.append("--build-cache and --no-video exclude each other")
         if self.build_cache and self.frame_cache is None:
@@ -174,6 +176,7 @@ def main(argv=None) -> int:
     lengths = check_labels(rows, tokenizer, vision, config, found)
     facts = {} if config.no_video else check_clips(clips, config, vision, found)
     check_leaks(rows, clips, train, val, facts, found)
+    check_other_data(config, val, found)
 
     counts |= count(rows, clips, facts, train, val, lengths, config, found)
     ok = not found.count("error") and not (config.strict and found.count("warning"))
@@ -366,6 +369,20 @@ def check_leaks(rows, clips, train, val, facts, found: Findings) -> None:
                     found.error("split_leak", f"{entry.id} ({row.where})", message, [row])
                 else:
                     found.warning("same_caption", f"{entry.id} ({row.where})", message)
+
+
+def check_other_data(config, val, found: Findings) -> None:
+    """Clips held out here that another stage's data file, split in the same way, trains on; told by their names."""
+    held_out = {Path(dataset.clip_key(entry.video)).stem for entry in val}
+    for file in config.other_data:
+        try:
+            entries = dataset.load_entries(file, config.default_mode)
+            train, _ = dataset.split_by_video(entries, config.num_val_videos, config.split_seed)
+        except DataError as error:
+            found.error("unknown_format", file, str(error))
+            continue
+        for clip in sorted(held_out & {Path(dataset.clip_key(entry.video)).stem for entry in train}):
+            found.error("split_leak", clip, f"held out here, but {file} trains on it")
 
 
 def same_picture(one: dict | None, other: dict | None) -> bool:

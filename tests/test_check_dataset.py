@@ -7,6 +7,7 @@ import shutil
 import time
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +207,22 @@ def test_leaks_across_the_split(tiny, check, tmp_path):
     for one, other, code in ((0, 1, "split_leak"), (2, 3, "same_caption")):
         seed = seed_that_parts(rows, rows[one]["video"], rows[other]["video"], tmp_path)
         assert code in codes(check(rows, "--split_seed", seed, "--no-video")[1])
+
+
+def test_a_clip_held_out_here_but_trained_on_by_another_stage(check, tiny, tmp_path):
+    names = sorted(path.name for path in tiny.videos.glob("*.mp4"))
+    rows = [both(name) for name in names]
+    other = tmp_path / "stage1.json"
+    other.write_text(json.dumps(rows), encoding="utf-8")
+    assert "split_leak" not in codes(check(rows, "--no-video", "--other_data", other)[1])  # the same split
+    for suffix in (".mov", ".mp4"):  # more clips, so another split: what is held out here is trained on there
+        more = [both(Path(name).stem + suffix) for name in names] + [both(f"more{i}.mp4") for i in range(40)]
+        other.write_text(json.dumps(more), encoding="utf-8")
+        exit_code, report = check(rows, "--no-video", "--other_data", other)
+        leaks = [p for p in report["problems"] if p["code"] == "split_leak"]
+        assert exit_code == 1 and leaks and all(str(other) in p["message"] for p in leaks)
+    other.write_text("{}", encoding="utf-8")
+    assert "unknown_format" in codes(check(rows, "--no-video", "--other_data", other)[1])
 
 
 RENDERERS = {  # a broken renderer, and the code under which it must be found
