@@ -10,8 +10,8 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test results base-models lint clean help
 
 help:
-	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 12 minutes on 2 cores)"
-	@echo "make test         every test (about 10 minutes on 2 cores)"
+	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 9 minutes on 2 cores)"
+	@echo "make test         every test (about 2 minutes on 2 cores)"
 	@echo "make results      what takes longer: several seeds, sampled rows, the control"
 	@echo "make base-models  build demo/base/ anew from the toy world (tens of minutes)"
 	@echo "make lint         ruff"

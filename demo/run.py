@@ -1,6 +1,6 @@
 """The whole road on the toy world: clips -> checks -> stage 1 -> stage 2 -> stage 3 -> table. No GPU, no download.
 
-    make demo        (python -m demo.run)             about 12 minutes on 2 cores
+    make demo        (python -m demo.run)             about 9 minutes on 2 cores
     make results     (python -m demo.run --results)   adds seeds, sampled rows and the control; outside the demo's time
 
 A part that is finished is not done again: each leaves a stamp in output/demo/.done/ that names its command, its
