@@ -265,6 +265,8 @@ def test_resumed_run_ends_in_the_same_bytes(stage, runs, tiny, tmp_path, monkeyp
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         a, b = (torch.load(f / "checkpoints" / "step-000006" / name, weights_only=False) for f in (folder, whole))
         assert str(a) == str(b), name
+        if name == "optimizer.pt":  # every number: str() shows the ends of a long tensor alone
+            torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
     a, b = steps(folder), steps(whole)
     assert list(a) == list(b)
     assert [a[s].get(key) for s in a for key in ("loss", "grad_norm", "eval_loss")] == [
