@@ -1,5 +1,5 @@
-# make demo   the whole road on a toy world: no GPU, no download but of packages
-# make test   every test, on the CPU
+# make demo   the whole pipeline on a toy world: no GPU, no downloads except packages
+# make test   all tests, on the CPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +11,13 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 9 minutes on 2 cores)"
-	@echo "make test         every test (about 2 minutes on 2 cores)"
-	@echo "make results      what takes longer: several seeds, sampled rows, the control"
-	@echo "make base-models  build demo/base/ anew from the toy world (tens of minutes)"
+	@echo "make test         all tests (about 2 minutes on 2 cores)"
+	@echo "make results      the demo plus what takes longer: several seeds, sampled answers, the control"
+	@echo "make base-models  build what is missing in demo/base/ from the toy world (tens of minutes)"
 	@echo "make lint         ruff"
 	@echo "make clean        remove output/demo"
 
-# The environment is complete when the stamp of these requirements exists; a half-made one is made again.
+# The stamp is written last, so an installation that was cut off is repeated; newer requirements repeat it too.
 STAMP := $(VENV)/.requirements-installed
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import platform, sys; ok = sys.version_info >= (3, 11) and (platform.system(), platform.machine()) == ("Linux", "x86_64"); \

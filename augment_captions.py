@@ -4,13 +4,13 @@
     torchrun --nproc_per_node 4 augment_captions.py --data raw.json --output data/captions.json
     python augment_captions.py --data raw.json --output out.jsonl --language_model ANY_CHAT_MODEL --num_rewrites 2
 
-Reads every form of row that training reads and writes one row a clip: {"video", "microscope": [original, rewrites ..],
-"copilot": [summaries ..]}. Each sampled text is checked; what fails is dropped, with its reason in report.json, and
-never mended. A clip whose summaries all fail keeps a row without "copilot". Killed and started again, it goes on and
-ends in the same file; texts that the data holds already are kept, so a second run over its output fills it up.
+Reads every form of row that training reads and writes one row per clip: {"video", "microscope": [original, rewrites
+...], "copilot": [summaries ...]}. Each sampled text is checked; a text that fails is dropped, never repaired, and
+report.json counts the reasons. A clip whose summaries all fail keeps a row without "copilot". Interrupt and rerun it:
+it resumes and ends in the same file. Texts that the data already holds are kept, so a second run can fill up the
+output of the first.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,18 +22,23 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+
+from training.common import fail, load_config, print0, process_rank, replacing, run_main, write_json
+from training.config import AugmentConfig
+
+if __name__ == "__main__":  # answer --help and mistyped flags before the slow imports
+    load_config(AugmentConfig, description=__doc__)
 
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dataset import DataError, clip_key, find_control_text, load_entries
-from stage3.vocabulary_config import find_mentions
-from training import fail, load_config, model_problem, opt, print0, process_rank
+import model
+from dataset import MODES, DataError, clip_key, find_control_text, load_entries
+from stage3.grpo_reward_func import find_mentions
 
-# The two prompts, the only place where they stand. {least} and {most} are words.
+# {least}, {most} and {middle} are numbers of words.
 PROMPTS = {
     "microscope": """Below is a description of a clip from a car's front camera. Tell it again in your own words.
 
@@ -56,55 +61,16 @@ Description:
 {caption}""",
 }
 
-TOP_K = 50  # no token is sampled that is not among so many likeliest
+TOP_K = 50  # only this many of the likeliest tokens are sampled
 
 
-@dataclass
-class AugmentConfig:
-    """Caption augmentation"""
-
-    data: str = opt("data/raw_captions.json", "raw captions: JSON, JSONL, or a folder of them, in any form of row")
-    output: str = opt("data/captions.json", "rows to train on, .json or .jsonl; beside it a folder FILE.augment")
-    language_model: str = opt("Qwen/Qwen3-4B-Instruct-2507", "teacher: causal LM with a chat template, folder or name")
-    default_mode: Literal["microscope", "copilot"] = opt("microscope", "mode of rows whose question is not known")
-    dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "of the teacher's weights")
-    seed: int = opt(42, "with clip, mode and number of the text, decides what is sampled")
-    num_rewrites: int = opt(4, "Microscope texts wanted beside the original")
-    num_summaries: int = opt(5, "Copilot texts wanted")
-    spares: int = opt(2, "texts of each kind sampled beyond those wanted, to stand in for the ones that fail")
-    clips_per_batch: int = opt(4, "clips whose texts are sampled together; lower it if memory runs out")
-    temperature: float = opt(0.9, "of sampling")
-    top_p: float = opt(0.95, "sample from the likeliest tokens that hold this probability together")
-    rewrite_shortest: float = opt(0.7, "a rewrite has at least this share of the original's words")
-    rewrite_longest: float = opt(1.4, "... and at most this one")
-    summary_min_words: int = opt(30, "a summary has at least so many words; shorter originals are not summarised")
-    summary_max_words: int = opt(60, "... and at most so many")
-    max_overlap: float = opt(0.6, "a text that shares more of its runs of 4 words with another is a copy of it")
-
-    def problems(self):
-        at_least = {"num_rewrites": 0, "num_summaries": 0, "spares": 0, "clips_per_batch": 1,
-                    "summary_min_words": 1}
-        found = [f"{key} must be at least {low}, got {getattr(self, key)}"
-                 for key, low in at_least.items() if getattr(self, key) < low]
-        if self.temperature <= 0:
-            found.append(f"temperature must be above 0, got {self.temperature}")
-        found += [f"{key} must lie above 0 and at most at 1, got {getattr(self, key)}"
-                  for key in ("top_p", "max_overlap") if not 0 < getattr(self, key) <= 1]
-        if not 0 < self.rewrite_shortest <= self.rewrite_longest:
-            found.append(f"rewrite_shortest {self.rewrite_shortest}, rewrite_longest {self.rewrite_longest}: "
-                         "0 < shortest <= longest is wanted")
-        if self.summary_max_words < self.summary_min_words:
-            found.append(f"summary_max_words {self.summary_max_words} is below summary_min_words")
-        return found
-
-
-# ---- clips and what is asked about them ------------------------------------------------------------------------------
+# ---- clips and requests ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Clip:
     video: str
-    texts: dict[str, list[str]] = field(default_factory=lambda: {"microscope": [], "copilot": []})
+    texts: dict[str, list[str]] = field(default_factory=lambda: {mode: [] for mode in MODES})
 
 
 @dataclass(frozen=True)
@@ -118,7 +84,7 @@ class Request:
 
 
 def gather_clips(entries):
-    """One Clip a video, in file order, with the texts that the data holds for it."""
+    """One Clip per video, in file order, with the texts that the data holds for it."""
     clips = {}
     for entry in entries:
         texts = clips.setdefault(clip_key(entry.video), Clip(entry.video)).texts[entry.mode]
@@ -134,8 +100,8 @@ def word_limits(mode, source, config):
     return math.ceil(words * config.rewrite_shortest), math.floor(words * config.rewrite_longest)
 
 
-def wanted(clip, mode, config):
-    """How many new texts the clip's row lacks; 0 where there is no original, or one too short to be summed up."""
+def missing_texts(clip, mode, config):
+    """How many new texts the clip's row lacks; 0 if there is no original, or if it is too short to summarise."""
     if not clip.texts["microscope"]:
         return 0
     if mode == "microscope":
@@ -145,8 +111,8 @@ def wanted(clip, mode, config):
 
 
 def make_requests(clip, mode, config):
-    """The texts to sample for one clip and mode: those wanted, and the spares."""
-    count = wanted(clip, mode, config)
+    """The texts to sample for one clip and mode: the missing ones and the spares."""
+    count = missing_texts(clip, mode, config)
     if count == 0:
         return []
     source = clip.texts["microscope"][0]
@@ -161,10 +127,10 @@ def make_requests(clip, mode, config):
 
 
 class SeededSampling:
-    """A logits processor that draws each row's token with that row's own random numbers.
+    """A logits processor that samples each row's token with that row's own random numbers.
 
-    One token keeps a finite score, so greedy decoding takes it. uniforms: [B, steps], one number a token, drawn
-    beforehand from the request's seed: what else is in the batch changes nothing.
+    Only the sampled token keeps a finite score, so greedy decoding takes it. uniforms: [B, steps], one per token, drawn
+    in advance from the request's seed, so that a text does not depend on what else is in the batch.
     """
 
     def __init__(self, uniforms, config, vocab_size):
@@ -172,7 +138,7 @@ class SeededSampling:
         self.step = 0
 
     def __call__(self, input_ids, scores):  # [B, L], [B, V] -> [B, V]
-        known = scores[:, : self.vocab_size].float()  # embedding rows past the tokenizer's length are no tokens
+        known = scores[:, : self.vocab_size].float()  # embedding rows past it are not tokens
         values, ids = known.topk(min(TOP_K, known.shape[1]))  # [B, K], likeliest first
         p = (values / self.config.temperature).softmax(-1)
         p = p.masked_fill(p.cumsum(-1) - p >= self.config.top_p, 0.0)
@@ -184,7 +150,7 @@ class SeededSampling:
 
 
 class Teacher:
-    """A chat model that answers requests: [Request] -> [(text, ended by itself)]."""
+    """A chat model that answers requests: [Request] -> [(text, whether it ended by itself)]."""
 
     def __init__(self, config, tokenizer):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -194,28 +160,28 @@ class Teacher:
         self.end_ids = self._find_end_ids()
         pad = tokenizer.pad_token_id
         self.pad_id = self.end_ids[0] if pad is None else pad
-        # Nothing of the published generation settings (penalties, minimal lengths, temperatures) may slip in.
+        # otherwise the published defaults (penalties, minimum lengths, temperatures) apply to what we do not pass
         self.model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=self.pad_id)
 
     def _find_end_ids(self):
-        """All eos ids of model and tokenizer, and the token that the template writes behind an answer."""
+        """All eos ids of model and tokenizer, and the token that the template writes after an answer."""
         eos = self.model.generation_config.eos_token_id
         ids = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id]
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "SENTINEL"}]
         tail = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("SENTINEL")[2]
-        behind = self.tokenizer.encode(tail, add_special_tokens=False)
-        ids += [i for i in behind[:1] if i in self.tokenizer.added_tokens_decoder]
+        after = self.tokenizer.encode(tail, add_special_tokens=False)
+        ids += [i for i in after[:1] if i in self.tokenizer.added_tokens_decoder]
         return list(dict.fromkeys(i for i in ids if i is not None))
 
     def encode(self, prompt):
         turns = [{"role": "user", "content": prompt}]
-        # enable_thinking: a hybrid model answers at once; other templates do not look at it.
+        # enable_thinking=False: a hybrid model answers at once; other templates ignore it
         return self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=True, enable_thinking=False
         )["input_ids"]
 
     def token_limit(self, request):
-        """Tokens that `max_words` may take, at the original's tokens a word and a quarter more."""
+        """Tokens for `max_words` words, at the original's tokens per word, plus a quarter."""
         tokens = len(self.tokenizer.encode(request.source, add_special_tokens=False))
         return math.ceil(1.25 * request.max_words * tokens / len(request.source.split())) + 16
 
@@ -238,7 +204,7 @@ class Teacher:
         return [self.answer(ids[:limit]) for ids, limit in zip(output[:, length:].tolist(), limits, strict=True)]
 
     def answer(self, ids):
-        """(text, ended): all before the first end id; control tokens stay in the text, where the check sees them."""
+        """(text before the first end id, whether there was one); control tokens stay, for `find_fault` to see."""
         end = next((n for n, i in enumerate(ids) if i in self.end_ids), None)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return unicodedata.normalize("NFC", text.strip()), end is not None
@@ -246,7 +212,7 @@ class Teacher:
 
 # ---- the checks ------------------------------------------------------------------------------------------------------
 
-CONTROL = re.compile(r"<\|[^|<>]*\|>|</?think>|\ufffd")  # of any model; the teacher's own tokens are asked for by name
+CONTROL = re.compile(r"<\|[^|<>]*\|>|</?think>|\ufffd")  # of any model; find_control_text knows the teacher's own
 MARKUP = re.compile(r"^\s*(?:[(\[]?(?:\d{1,2}|[a-h])[.):\]](?=\s|$)|[-*•#>]+\s|```)|\*\*|^[\"“].*[\"”]$", re.M)
 PREAMBLE = re.compile(
     r"^(?:here(?:'s| is| are)|below is|i'm|i am|i (?:can|can't|cannot|could|will|would|have|apologi[sz]e)|"
@@ -269,26 +235,26 @@ REASONS = {
 }
 
 
-def words_of(text):
-    return re.findall(r"[^\W_]+", text.lower())
-
-
 def overlap(a, b, n=4):
-    """Share of runs of n words that two texts have in common, of the one with fewer; 0 to 1. One word in ten changed
+    """Runs of n words that two texts share, relative to the text with fewer runs: 0 to 1; changing one word in ten
     leaves about 0.6."""
-    a, b = words_of(a), words_of(b)
-    n = max(min(n, len(a), len(b)), 1)
-    runs = [{tuple(words[i : i + n]) for i in range(len(words) - n + 1)} for words in (a, b)]
-    return len(runs[0] & runs[1]) / max(min(map(len, runs)), 1)
+    words = [re.findall(r"[^\W_]+", text.lower()) for text in (a, b)]
+    n = max(min(n, *map(len, words)), 1)
+    one, other = (runs_of(some, n) for some in words)
+    return len(one & other) / max(min(len(one), len(other)), 1)
+
+
+def runs_of(words, n):
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def claims(text):
-    """What a text says of objects: "car", or "no car" where it denies one."""
+    """What a text says about objects: "car", or "no car" if it denies one."""
     return {("no " if mention.negated else "") + mention.object for mention in find_mentions(text)}
 
 
 def find_fault(text, ended, limits, source, others, config, tokenizer):
-    """Why a text cannot be kept: (reason, detail), the first that holds; None if it is sound.
+    """(reason, detail) of the first check that the text fails, None if it is sound.
 
     limits: (least, most) words; source: the original caption; others: texts that it must not repeat.
     """
@@ -296,15 +262,15 @@ def find_fault(text, ended, limits, source, others, config, tokenizer):
         return "empty", ""
     if not ended:
         return "not_ended", ""
-    if control := find_control_text(tokenizer, text) or CONTROL.search(text):
-        return "control_token", str(control if isinstance(control, str) else control[0])
+    if control := find_control_text(tokenizer, text) or (CONTROL.search(text) or [None])[0]:
+        return "control_token", control
     if found := MARKUP.search(text):
         return "markup", found[0].strip()[:40]
     if found := PREAMBLE.search(text.replace("’", "'")):
         return "preamble", found[0][:40]
     count = len(text.split())
     if not limits[0] <= count <= limits[1]:
-        return "length", f"{count} words; {limits[0]} to {limits[1]} are wanted"
+        return "length", f"{count} words instead of {limits[0]} to {limits[1]}"
     if invented := claims(text) - claims(source):
         return "invented_object", ", ".join(sorted(invented))
     share = max((overlap(text, other) for other in others), default=0.0)
@@ -314,10 +280,10 @@ def find_fault(text, ended, limits, source, others, config, tokenizer):
 
 
 def choose(clip, mode, answers, config, tokenizer):
-    """Check sampled texts in their order -> (texts to keep, {"sampled", "spare", "dropped"}: what became of each)."""
+    """Check sampled texts in order -> (texts to keep, {"sampled", "spare", "dropped"}: what became of each)."""
     kept, dropped, spare = [], [], 0
     for text, ended in answers:
-        if len(kept) == wanted(clip, mode, config):
+        if len(kept) == missing_texts(clip, mode, config):
             spare += 1
             continue
         source, others = clip.texts["microscope"][0], clip.texts[mode] + kept
@@ -330,7 +296,7 @@ def choose(clip, mode, answers, config, tokenizer):
 
 
 def augment_clips(clips, teacher, config, tokenizer):
-    """Rows of some clips, sampled together: [{"row": the row to write, "log": {mode: what became of each text}}]."""
+    """Sample for some clips together -> [{"row": the row to write, "log": {mode: what became of each text}}]."""
     results = [{"row": {"video": clip.video}, "log": {}} for clip in clips]
     for mode in PROMPTS:
         requests = [make_requests(clip, mode, config) for clip in clips]
@@ -340,23 +306,16 @@ def augment_clips(clips, teacher, config, tokenizer):
             result["log"][mode] = {"given": len(clip.texts[mode]), "new": len(new), **log}
             if clip.texts[mode] + new:
                 result["row"][mode] = clip.texts[mode] + new
+    for clip, result in zip(clips, results, strict=True):  # modes without a prompt here keep the texts that they have
+        result["row"] |= {mode: texts for mode, texts in clip.texts.items() if texts and mode not in PROMPTS}
     return results
 
 
-# ---- part files, one a process: what is done stays done --------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A text file that takes the place of `path` when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        yield file
-    os.replace(temporary, path)
+# ---- results: one JSON file per clip, so that a killed run resumes ---------------------------------------------------
 
 
 def settings_of(config, clips):
-    """All that decides the rows, as a resumed run must find it again. The batch size only moves rounding."""
+    """Everything that decides the rows; a resumed run must have the same. The batch size only changes rounding."""
     free = ("data", "output", "clips_per_batch")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
     content = {"captions": [dataclasses.asdict(clip) for clip in clips], "prompts": PROMPTS}
@@ -364,58 +323,44 @@ def settings_of(config, clips):
     return {**settings, **hashes}
 
 
-def read_parts(folder):
-    """{clip's number: (file, offset of its line)} of all part files, but for a last line that was cut off."""
-    places = {}
-    for path in sorted(folder.glob("part-*.jsonl")):
-        with path.open("rb") as file:
-            offset = 0
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                with contextlib.suppress(json.JSONDecodeError):  # damaged: the clip counts as not done
-                    places[json.loads(line)["number"]] = (path, offset)
-                offset += len(line)
-    return places
+def result_file(folder, number):
+    return folder / "clips" / f"{number:06d}.json"
 
 
-def open_part(path):
-    """The part file, open at the end of its last whole line."""
-    file = path.open("ab")
-    file.truncate(path.read_bytes().rfind(b"\n") + 1)
-    return file
+def read_result(folder, number):
+    """What `augment_clips` made of a clip; None if it is not done, or its file is damaged: it is sampled again."""
+    try:
+        return json.loads(result_file(folder, number).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def merge(clips, folder, config, settings):
     """Write the rows in order, dropped.jsonl and report.json; -> the report, or None while clips are missing."""
-    places = read_parts(folder)
-    if len(places) < len(clips):
+    if any(read_result(folder, number) is None for number in range(len(clips))):
         return None
-    tally = {mode: Counter(dict.fromkeys(("given", "sampled", "new", "spare"), 0)) for mode in PROMPTS}
-    reasons, empty = {mode: Counter() for mode in PROMPTS}, {mode: [] for mode in PROMPTS}
-    with contextlib.ExitStack() as stack:  # leaves in reverse order: the output, entered first, is there last
-        output = stack.enter_context(replacing(Path(config.output)))
-        drops = stack.enter_context(replacing(folder / "dropped.jsonl"))
-        parts = {path: stack.enter_context(path.open("rb")) for path, _ in places.values()}
-        is_list = Path(config.output).suffix == ".json"
-        for number, (path, offset) in sorted(places.items()):
-            parts[path].seek(offset)
-            part = json.loads(parts[path].readline())
-            row, log = part["row"], part["log"]
+    modes = {mode: {"given": 0, "sampled": 0, "new": 0, "spare": 0, "dropped": Counter(), "clips_without": []}
+             for mode in PROMPTS}
+    is_list = Path(config.output).suffix == ".json"
+    with (replacing(config.output) as new_output, replacing(folder / "dropped.jsonl") as new_drops,
+          open(new_output, "w", encoding="utf-8") as output, open(new_drops, "w", encoding="utf-8") as drops):
+        for number in range(len(clips)):  # one in memory at a time
+            result = read_result(folder, number)
+            row = result["row"]
             line = json.dumps(row, ensure_ascii=False)
             output.write((",\n" if number else "[\n") + line if is_list else line + "\n")
-            for mode, counts in log.items():
-                tally[mode].update({key: counts[key] for key in tally[mode]})
-                reasons[mode].update(drop["reason"] for drop in counts["dropped"])
-                empty[mode] += [] if mode in row else [row["video"]]
+            for mode, counts in result["log"].items():
+                total = modes[mode]
+                for key in ("given", "sampled", "new", "spare"):
+                    total[key] += counts[key]
+                total["clips_without"] += [] if mode in row else [row["video"]]
                 for drop in counts["dropped"]:
+                    total["dropped"][drop["reason"]] += 1
                     drops.write(json.dumps({"video": row["video"], "mode": mode, **drop}, ensure_ascii=False) + "\n")
         output.write("\n]\n" if is_list else "")
-        report = {"output": config.output, "clips": len(clips), "settings": settings, "modes": {
-            mode: {**tally[mode], "dropped": reasons[mode], "clips_without": empty[mode]} for mode in PROMPTS}}
-        with replacing(folder / "report.json") as file:
-            file.write(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    return report
+        report = {"output": config.output, "clips": len(clips), "settings": settings, "modes": modes}
+        write_json(folder / "report.json", report, indent=1)
+    return report  # the output, opened first, is renamed last
 
 
 def print_report(report, folder):
@@ -428,16 +373,14 @@ def print_report(report, folder):
     line("in the data", [m["given"] for m in modes])
     line("sampled", [m["sampled"] for m in modes])
     line("  kept", [m["new"] for m in modes])
-    line("  not needed", [m["spare"] for m in modes], "the row had all that were wanted")
+    line("  not needed", [m["spare"] for m in modes], "the row already had all it needs")
     for reason, meaning in REASONS.items():
-        if any(m["dropped"].get(reason) for m in modes):
-            line(f"  dropped: {reason}", [m["dropped"].get(reason, 0) for m in modes], meaning)
+        if any(m["dropped"][reason] for m in modes):
+            line(f"  dropped: {reason}", [m["dropped"][reason] for m in modes], meaning)
     line("clips without any", [len(m["clips_without"]) for m in modes])
-    lost = len(report["modes"]["copilot"]["clips_without"])
-    if lost:
-        print(f"\n{lost:,} of {report['clips']:,} rows have no \"copilot\": no summary passed (or the original is too "
-              "short to be summed up).\nRun again with --data on this output, another --output and another --seed to "
-              "fill them up.")
+    if lost := len(report["modes"]["copilot"]["clips_without"]):
+        print(f"\n{lost:,} of {report['clips']:,} rows have no \"copilot\": no summary passed, or the original is too "
+              "short to summarise.\nTo fill them up, run again on this output with another --output and --seed.")
     print(f"\nrows     {report['output']}\nreport   {folder / 'report.json'}\ndropped  {folder / 'dropped.jsonl'}")
 
 
@@ -445,7 +388,7 @@ def print_report(report, folder):
 
 
 def prepare(config, folder):
-    """Clips, tokenizer and settings; ConfigError (exit 2) with everything that is wrong."""
+    """(clips, tokenizer, settings); exits with code 2 and everything that is wrong."""
     problems, clips, tokenizer = [], [], None
     try:
         clips = gather_clips(load_entries(config.data, config.default_mode))
@@ -456,52 +399,51 @@ def prepare(config, folder):
     settings, known = settings_of(config, clips), folder / "settings.json"
     if known.is_file() and clips:
         before = json.loads(known.read_text(encoding="utf-8"))
-        problems += [f"output: {folder} was begun with {key} {before.get(key)}, not {value}: remove it, or name another"
-                     for key, value in settings.items() if before.get(key) != value]
+        problems += [f"output: {folder} was started with {key} {before.get(key)}, not {value}: remove the folder, or "
+                     "give another --output" for key, value in settings.items() if before.get(key) != value]
     elif Path(config.output).exists() and not known.is_file():
-        problems.append(f"output: {config.output} is there and was not made by this script; name another")
-    if problem := model_problem("language_model", config.language_model):
+        problems.append(f"output: {config.output} exists and is not from this script; give another --output")
+    if problem := model.base_model_problem("language_model", config.language_model):
         problems.append(problem)
     elif Path(config.language_model).is_dir() or not problems:  # nothing is downloaded for a run that cannot start
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.language_model)
         except (OSError, ValueError) as error:
-            problems.append(f"language_model: {config.language_model} has no tokenizer that can be loaded: {error}")
+            problems.append(f"language_model: {error}")
     if tokenizer is not None:
         if not tokenizer.chat_template:
-            problems.append(f"language_model: {config.language_model} has no chat template: a chat model is wanted")
-        spelt = ((clip, find_control_text(tokenizer, "\n".join(clip.texts["microscope"][:1]))) for clip in clips)
-        problems += [f"data: the caption of {clip.video} spells out the control token {found}"
-                     for clip, found in spelt if found][:20]
+            problems.append(f"language_model: {config.language_model} has no chat template; a chat model is needed")
+        originals = {clip.video: clip.texts["microscope"][0] for clip in clips if clip.texts["microscope"]}
+        controls = {video: find_control_text(tokenizer, text) for video, text in originals.items()}
+        problems += [f"data: the caption of {video} contains the control token {control}"
+                     for video, control in controls.items() if control][:20]
     if problems:
         fail(problems)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(known) as file:
-        file.write(json.dumps(settings, indent=1) + "\n")
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    write_json(known, settings, indent=1)
     return clips, tokenizer, settings
 
 
 def sample_rows(clips, folder, config, tokenizer, make_teacher):
-    """Append the rows of this process's clips that are not done yet to its part file."""
+    """Write the results of this process's clips that are not done yet."""
     rank, world = process_rank()
     size = config.clips_per_batch
     groups = [range(start, min(start + size, len(clips))) for start in range(0, len(clips), size)][rank::world]
-    done = read_parts(folder)
-    # A batch is the same clips in every run, whatever was done before and by how many processes: same rounding.
-    open_groups = [group for group in groups if any(number not in done for number in group)]
+    done = {number for number in range(len(clips)) if read_result(folder, number)}
+    # a batch holds the same clips in every run, whatever is done already and by how many processes: same rounding
+    open_groups = [group for group in groups if not done.issuperset(group)]
     left = sum(map(len, open_groups))
-    print0(f"teacher  {config.language_model}\nclips    {len(clips):,}, of which {len(done):,} were done before"
+    print0(f"teacher  {config.language_model}\nclips    {len(clips):,}, {len(done):,} of them already done"
            + (f"; {world} processes, this one takes {left:,}" if world > 1 else ""))
     if not open_groups:
         return
     teacher = make_teacher(config, tokenizer)
-    with open_part(folder / f"part-{rank:05d}.jsonl") as part, tqdm(total=left, unit="clip", disable=rank > 0) as bar:
+    with tqdm(total=left, unit="clip", disable=rank > 0) as bar:
         for group in open_groups:
             results = augment_clips([clips[number] for number in group], teacher, config, tokenizer)
             for number, result in zip(group, results, strict=True):
                 if number not in done:
-                    part.write(json.dumps({"number": number, **result}).encode() + b"\n")
-            part.flush()
+                    write_json(result_file(folder, number), result)
             bar.update(len(group))
 
 
@@ -510,18 +452,18 @@ def main(argv=None, make_teacher=Teacher):
     folder = Path(f"{config.output}.augment")
     clips, tokenizer, settings = prepare(config, folder)
     try:
-        with FileLock(folder / f"part-{process_rank()[0]:05d}.lock", timeout=0):
+        with FileLock(folder / f"rank-{process_rank()[0]:05d}.lock", timeout=0):
             sample_rows(clips, folder, config, tokenizer, make_teacher)
     except Timeout:
         print(f"another run is writing to {folder}", file=sys.stderr)
         return 1
     report = merge(clips, folder, config, settings)  # by the process that ends last, or by a later run
     if report is None:
-        print0("This process's clips are done; the last process to end puts the rows together (or a later run does).")
+        print0("This process's clips are done; the last process to end merges all rows (or a later run does).")
     else:
         print_report(report, folder)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

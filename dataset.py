@@ -1,8 +1,9 @@
 """Clips and captions: rows -> entries -> token ids, labels and frames.
 
-The file reads top to bottom: the rows that are accepted (`load_entries`), the split (`split_by_video`), the one
-renderer of a conversation (`encode_prompt`, `encode_example`), the frames of a clip and their cache (`read_frames`,
-`cached_frames`), and what a data loader needs (`VideoInstructDataset`, `collate`, `EpochSampler`).
+The file reads top to bottom: the two granularities (`MODE_TABLE`), the rows that are accepted (`load_entries`), the
+split (`load_split`, `split_by_video`), the one renderer of a conversation (`encode_prompt`, `encode_example`), the
+frames of a clip and their cache (`Clip`, `read_frames`, `cached_frames`), and what a data loader needs
+(`VideoInstructDataset`, `collate`).
 """
 
 import contextlib
@@ -14,8 +15,6 @@ import os
 import posixpath
 import random
 import re
-import tempfile
-import time
 import unicodedata
 import zlib
 from collections.abc import Iterator
@@ -24,21 +23,36 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
+
+from training.common import DriveVLMError, replacing
 
 IGNORE_INDEX = -100
-MODES = {
-    "microscope": "Describe the video in detail.",
-    "copilot": "Summarize the driving scene concisely.",
-}
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
-LOCK_TIMEOUT = 600.0  # seconds to wait for another process that decodes the same clip
 BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
 VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts as variable frame rate
 
 
-class DataError(ValueError):
+@dataclass(frozen=True)
+class Mode:
+    """One granularity. A new mode is one entry in MODE_TABLE and one in the reward's MODE_REWARDS."""
+
+    question: str  # what the model is asked
+    wordings: tuple[str, ...] = ()  # other questions of data files that mean this mode, such as an earlier `question`
+    word_range: tuple[int, int] = (1, 1000)  # fewest and most words of a usual answer
+    max_new_tokens: int = 1024  # an answer is cut off after this many tokens
+    colour: str = "#475467"  # on pages and curves
+
+
+MODE_TABLE = {
+    "microscope": Mode("Describe the video in detail.", word_range=(100, 1000), max_new_tokens=1024, colour="#2563eb"),
+    "copilot": Mode("Summarize the driving scene concisely.", word_range=(5, 80), max_new_tokens=128,
+                    colour="#d9480f"),
+}
+MODES = {name: mode.question for name, mode in MODE_TABLE.items()}
+
+
+class DataError(DriveVLMError, ValueError):
     """Something is wrong with the rows, the texts or the settings; the message lists every problem found."""
 
 
@@ -50,14 +64,14 @@ class RowError(DataError):
         self.code = code
 
 
-class VideoError(RuntimeError):
+class VideoError(DriveVLMError, RuntimeError):
     """A clip cannot be read."""
 
     def __init__(self, path, reason: str):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 
-    def __reduce__(self):  # crosses process borders whole
+    def __reduce__(self):  # survives being sent between processes
         return VideoError, (self.path, self.reason)
 
 
@@ -70,7 +84,7 @@ class Entry:
     """One clip in one granularity. `captions` are variants of one answer; the first is the original."""
 
     id: str  # "<video path without suffix>#<mode>"
-    video: str  # as the row gives it, relative to the video root
+    video: str  # as in the row, relative to the video root
     mode: str
     question: str
     captions: tuple[str, ...]
@@ -79,9 +93,11 @@ class Entry:
 def load_entries(path, default_mode: str | None = None) -> list[Entry]:
     """Entries of a JSON, JSONL or BDD-X CSV file, or of a folder of them, in file order.
 
-    `default_mode` is given to rows whose mode neither their `mode` key nor their question tells.
-    Raises DataError naming every bad row.
+    `default_mode` is the mode of rows that neither have a `mode` key nor ask a question of MODE_TABLE.
+    Raises DataError that names every bad row.
     """
+    if default_mode is not None and default_mode not in MODES:
+        raise DataError(f"default_mode is {default_mode!r}; modes are {', '.join(MODES)}")
     entries, problems = [], []
     for where, row in read_rows(path):
         try:
@@ -90,14 +106,15 @@ def load_entries(path, default_mode: str | None = None) -> list[Entry]:
             problems.append(f"{where}: {error}")
     if problems:
         more = f"\n  ... and {len(problems) - 20:,} more" if len(problems) > 20 else ""
-        raise DataError(f"{path}: {len(problems):,} bad rows\n  " + "\n  ".join(problems[:20]) + more)
+        count = "1 bad row" if len(problems) == 1 else f"{len(problems):,} bad rows"
+        raise DataError(f"{path}: {count}\n  " + "\n  ".join(problems[:20]) + more)
     if not entries:
         raise DataError(f"{path}: no rows")
     return entries
 
 
 def read_rows(path) -> Iterator[tuple[str, object]]:
-    """Yield ("file row N", row) for every row, N counted from 1; what is no JSON or no text comes as a RowError."""
+    """Yield ("file row N", row) for every row, N from 1; what is not JSON or not text is yielded as a RowError."""
     path = Path(path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl", ".csv"))
@@ -113,40 +130,24 @@ def read_rows(path) -> Iterator[tuple[str, object]]:
 
 
 def _rows_of_file(file: Path) -> Iterator[object]:
-    """The rows, one in memory at a time."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as text:
             if file.suffix.lower() == ".csv":
                 yield from csv.DictReader(text)
-            elif text.read(4096).lstrip()[:1] == "[":
-                text.seek(0)
-                yield from _items_of_list(text)
-            else:
-                text.seek(0)
-                yield from (_row_of_line(line) for line in text if line.strip())
-    except UnicodeDecodeError as error:
-        yield RowError("bad_unicode", f"from about here the file is no UTF-8 text ({error.reason})")
-
-
-def _items_of_list(text, step: int = 1 << 20) -> Iterator[object]:
-    """Parse a JSON list piece by piece."""
-    parse, lead, close = json.JSONDecoder().raw_decode, re.compile(r"\s*\[\s*"), re.compile(r"\s*\[\s*\]")
-    buffer, at, chunk = text.read(step), 0, step
-    while not close.match(buffer, at):
-        try:
-            mark = lead.match(buffer, at)
-            if not mark:
-                raise json.JSONDecodeError("expected ',' or ']'", buffer, at)
-            row, end = parse(buffer, mark.end())
-        except json.JSONDecodeError as error:  # a mistake, or a row that goes on in the next piece
-            more = text.read(chunk)
-            if not more:
-                yield RowError("unknown_format", f"not valid JSON: {error.msg} at {buffer[error.pos:][:40]!r}")
                 return
-            buffer, at, chunk = buffer[at:] + more, 0, 2 * chunk
-        else:
-            yield row
-            lead, close, at, chunk = re.compile(r"\s*,\s*"), re.compile(r"\s*\]"), end, step
+            is_list = text.read(4096).lstrip()[:1] == "["
+            text.seek(0)
+            if not is_list:
+                yield from (_row_of_line(line) for line in text if line.strip())
+                return
+            rows = json.load(text)
+        rows.reverse()
+        while rows:  # popped one by one, so that the raw rows and the entries made of them are not both in memory
+            yield rows.pop()
+    except UnicodeDecodeError as error:
+        yield RowError("bad_unicode", f"from about here the file is not UTF-8 text ({error.reason})")
+    except json.JSONDecodeError as error:
+        yield RowError("unknown_format", f"the file is not valid JSON: {error}")
 
 
 def _row_of_line(line: str) -> object:
@@ -167,12 +168,8 @@ def parse_row(row, default_mode: str | None = None) -> list[Entry]:
     video = row.get("video")
     if not isinstance(video, str) or not video.strip():
         raise RowError("unknown_format", f'no "video" (keys seen: {_keys(row)})')
-    if "microscope" in row or "copilot" in row:
-        return [
-            _entry(video, mode, question, row[mode], mode)
-            for mode, question in MODES.items()
-            if mode in row
-        ]
+    if not MODES.keys().isdisjoint(row):
+        return [_entry(video, mode, MODES[mode], row[mode], mode) for mode in MODES if mode in row]
     if "conversations" in row or "messages" in row:
         question, captions = _from_conversation(row)
     elif "q" in row and "captions" in row:
@@ -182,18 +179,18 @@ def parse_row(row, default_mode: str | None = None) -> list[Entry]:
     else:
         raise RowError("unknown_format", f"no known form of row (keys seen: {_keys(row)})")
     if not isinstance(question, str) or not question.strip():
-        raise RowError("empty_question", f"the question of {video} is empty or no text")
+        raise RowError("empty_question", f"the question of {video} is empty or not a text")
     question = clean_text(question, "question")
     return [_entry(video, find_mode(row, question, default_mode), question, captions, "captions")]
 
 
 def find_mode(row: dict, question: str, default_mode: str | None) -> str:
-    """The row's `mode`, else the mode whose standard question this is, else `default_mode`; else a RowError."""
-    by_question = {text: mode for mode, text in MODES.items()}
-    mode = row.get("mode", by_question.get(question, default_mode))
+    """The row's `mode`, else the mode of MODE_TABLE that asks this question, else `default_mode`; else a RowError."""
+    asked = [name for name, mode in MODE_TABLE.items() if question in (mode.question, *mode.wordings)]
+    mode = row.get("mode", asked[0] if asked else default_mode)
     if mode not in MODES:
-        told = f'"mode" is {mode!r}' if "mode" in row else f'no "mode", and {question[:60]!r} is no standard question'
-        raise RowError("unknown_mode", f"{told}; modes are {', '.join(MODES)} (default_mode can set one)")
+        seen = f'"mode" is {mode!r}' if "mode" in row else f'no "mode", and {question[:60]!r} is not a known question'
+        raise RowError("unknown_mode", f"{seen}; modes are {', '.join(MODES)} (default_mode can set one)")
     return mode
 
 
@@ -204,7 +201,7 @@ def _entry(video: str, mode: str, question: str, captions, key: str) -> Entry:
         raise RowError("empty_caption", f'"{key}" of {video} is an empty list')
     for number, caption in enumerate(captions, start=1):
         if not isinstance(caption, str) or not caption.strip():
-            raise RowError("empty_caption", f"caption {number} of {video} is empty or no text: {caption!r}")
+            raise RowError("empty_caption", f"caption {number} of {video} is empty or not a text: {caption!r}")
     captions = tuple(clean_text(caption, f"caption of {video}") for caption in captions)
     return Entry(f"{unicodedata.normalize('NFC', video_stem(video))}#{mode}", video, mode, question, captions)
 
@@ -234,11 +231,11 @@ def _from_conversation(row: dict) -> tuple[str, list]:
     who = [turn.get("from", turn.get("role")) for turn in turns]
     texts = [turn.get("value", turn.get("content")) for turn in turns]
     if len(turns) > 2:
-        raise RowError("multi_turn", f"{len(turns)} turns; one question and one answer are wanted, a row for each")
+        raise RowError("multi_turn", f"{len(turns)} turns; write one row per question and answer")
     if len(turns) < 2 or who[0] not in ("human", "user") or who[1] not in ("gpt", "assistant"):
         raise RowError("unknown_format", f"turns must be human (user), then gpt (assistant); seen: {who}")
     if not isinstance(texts[0], str):
-        raise RowError("empty_question", f"the question is no text: {texts[0]!r}")
+        raise RowError("empty_question", f"the question is not a text: {texts[0]!r}")
     question = re.sub(r"^\s*<(video|image)>", "", texts[0])
     if re.search(r"<(video|image)>", question):
         raise RowError("unknown_format", "more than one <video> or <image>, or one that does not lead the question")
@@ -256,7 +253,7 @@ def _from_bddx(row: dict) -> dict:
         try:
             seconds = float(start) if start else float("inf")
         except ValueError as error:
-            raise RowError("unknown_format", f"Answer.{number[1]}start is no number: {start!r}") from error
+            raise RowError("unknown_format", f"Answer.{number[1]}start is not a number: {start!r}") from error
         why = (row.get(f"Answer.{number[1]}justification") or "").strip()
         segments.append((seconds, int(number[1]), f"{action.strip()} {why}".strip().rstrip(".") + "."))
     video = PurePosixPath((row["Input.Video"] or "").strip().split("?")[0]).name  # the end of a URL
@@ -267,17 +264,35 @@ def _from_bddx(row: dict) -> dict:
 # Split
 
 
+def load_split(config) -> tuple[list[Entry], list[Entry]]:
+    """(training, held-out) entries of a configuration with DataKeys: `val_data` where it is given, else a split.
+
+    Raises DataError for bad rows, for a clip of `val_data` that `data` trains on, and for a split that leaves nothing.
+    """
+    entries = load_entries(config.data, config.default_mode)
+    if config.val_data is None:
+        return split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
+    held_out = load_entries(config.val_data, config.default_mode)
+    trained = {clip_key(entry.video, config.video_root) for entry in entries}
+    shared = sorted({e.video for e in held_out if clip_key(e.video, config.video_root) in trained})
+    if shared:
+        raise DataError(f"val_data: {len(shared)} of its clips are also in {config.data}: {', '.join(shared[:5])}")
+    return entries, held_out
+
+
 def split_by_video(entries: list[Entry], num_val_videos: int = 40, seed: int = 42, video_root=None):
     """(train, val) entries: `num_val_videos` clips, chosen by `seed`, are held out with all their entries.
 
-    Clips are told apart by their resolved path where `video_root` is given (a link and its target are one clip), else
-    by their normalized path; both give the same split where there are no links.
+    A clip is identified by its resolved path where `video_root` is given (a link and its target are one clip), else by
+    its normalized path; both give the same split where there are no links.
     """
     clip_of = {entry.video: None for entry in entries}
     for video in clip_of:
         clip_of[video] = clip_key(video, video_root)
     clips = sorted(set(clip_of.values()))
-    if not 0 <= num_val_videos < len(clips):
+    if num_val_videos < 0:
+        raise DataError(f"num_val_videos must be at least 0, got {num_val_videos}")
+    if num_val_videos >= len(clips):
         raise DataError(f"num_val_videos is {num_val_videos}, but there are {len(clips)} clips: none left to train on")
     random.Random(seed).shuffle(clips)
     held_out = set(clips[:num_val_videos])
@@ -286,7 +301,7 @@ def split_by_video(entries: list[Entry], num_val_videos: int = 40, seed: int = 4
 
 
 def clip_key(video: str, video_root=None) -> str:
-    """One text for one clip, however a row spells its path; relative to the video root."""
+    """One key per clip, however a row spells its path; relative to the video root."""
     if video_root is not None:
         video = str(resolve_video(video_root, video))[len(_real_root(str(video_root))) + 1 :]
     return unicodedata.normalize("NFC", posixpath.normpath(video))
@@ -317,14 +332,14 @@ def _real_root(video_root: str) -> str:
 
 @dataclass(frozen=True)
 class ChatPieces:
-    """Token ids around question and answer, in the order in which they stand in a conversation."""
+    """Token ids around question and answer, in the order of a conversation."""
 
     before_user: tuple[int, ...]  # bos (if the template writes one) and the user turn's head
     vision_start: tuple[int, ...]  # empty where the tokenizer has no such token
     vision_end: tuple[int, ...]
     after_user: tuple[int, ...]  # the user turn's end and the answer's head
     turn_end: tuple[int, ...]  # the token that ends an answer: always exactly one
-    placeholder: int  # stands once for each visual token
+    placeholder: int  # replaced by a visual token, once for each
 
 
 def chat_pieces(tokenizer) -> ChatPieces:
@@ -358,7 +373,8 @@ def _template_pieces(tokenizer) -> tuple[str, str, str]:
 
     def render(*texts, prompt=False):
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-        # A hybrid model's template then writes the empty thought that makes it answer at once; others ignore the key.
+        # A hybrid model's template then writes the empty thinking block that makes it answer directly; others ignore
+        # the key.
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
         )
@@ -369,7 +385,7 @@ def _template_pieces(tokenizer) -> tuple[str, str, str]:
     if not found or question in after_user:
         raise DataError("the tokenizer's chat template does not write the user's text exactly once")
     # The head of a user turn is what a second turn adds behind the first answer: a system turn and its like, which
-    # some templates put before the first, are dropped with all else that stands there.
+    # some templates put before the first, are dropped with everything else there.
     tail = render(question, answer).partition(answer)[2].lstrip()
     added = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     turn_end = next((t for t in added if t.strip() and tail.startswith(t)), None)
@@ -386,7 +402,7 @@ def _template_pieces(tokenizer) -> tuple[str, str, str]:
 
 
 def _find_placeholder(tokenizer, added: dict[str, int], used: set[int]) -> int:
-    """The token that visual tokens take the place of; its own embedding is never read."""
+    """The token that visual tokens replace; its own embedding is never read."""
     for name in ("<|video_pad|>", "<|image_pad|>"):
         if name in added:
             return added[name]
@@ -394,12 +410,12 @@ def _find_placeholder(tokenizer, added: dict[str, int], used: set[int]) -> int:
     taken |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     free = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in taken]
     if not free:
-        raise DataError("the tokenizer has no special token left to stand for the video: add one to it first")
+        raise DataError("the tokenizer has no special token left as the video's placeholder: add one to it first")
     return max(free)
 
 
 def placeholder_id(tokenizer) -> int:
-    """The id that stands once for each visual token: <|video_pad|>, <|image_pad|>, or the last free special token."""
+    """The id that visual tokens replace: <|video_pad|>, <|image_pad|>, or the last free special token."""
     return chat_pieces(tokenizer).placeholder
 
 
@@ -432,7 +448,7 @@ def encode_prompt(tokenizer, question: str, num_visual_tokens: int) -> list[int]
 
 
 def encode_example(tokenizer, question: str, answer: str, num_visual_tokens: int, max_text_tokens: int) -> dict:
-    """{"input_ids", "labels"}: lists of one length; labels are IGNORE_INDEX but for the answer and its end token.
+    """{"input_ids", "labels"}: lists of one length; labels are IGNORE_INDEX except for the answer and its end token.
 
     `max_text_tokens` counts all tokens but the visual ones. An answer that does not fit is cut (`fit_answer`); the
     end token always stays. Raises DataError where not even that has room, and for control tokens in the texts.
@@ -485,31 +501,65 @@ def spread_over_time(starts: np.ndarray, num_frames: int) -> np.ndarray:
     return np.where(times - starts[right - 1] <= starts[right] - times, right - 1, right)
 
 
-@contextlib.contextmanager
-def open_clip(path, width: int = -1, height: int = -1):
-    """A decord reader of the clip at `path`; whatever fails while it is open becomes a VideoError.
+class Clip:
+    """A clip, open for reading; the only place that names a video decoder. Use as a context manager.
 
-    `width`, `height`: size to decode to (squashed, after the clip's rotation tag is applied), else the clip's own.
+        with Clip(path) as clip:
+            clip.size                        # (width, height) of the frames, after the clip's rotation tag is applied
+            clip.times                       # [N] float32: start of each frame in seconds
+            clip.choose(16)                  # [16] indices, spread evenly over time, both ends included
+            clip.frames([0, 4, 9])           # uint8 [3, H, W, 3] RGB
+
+    `size`: (width, height) to decode to (squashed), else the clip's own. Raises VideoError for whatever goes wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise VideoError(path, "no such file" if not path.exists() else "not a file")
-    if path.stat().st_size == 0:
-        raise VideoError(path, "empty file (0 bytes)")
-    # At the end of a clip decord polls its own decoding thread: a sound 720p clip needs up to 2,048 polls, and a busy
-    # machine more than an idle one; the default gives up at 10,240.
-    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "40960")
-    import decord  # after torch, and not before a worker needs it: it can crash or hang otherwise
 
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        yield decord.VideoReader(
-            str(path), ctx=decord.cpu(0), width=width, height=height, num_threads=1, fault_tol=1
-        )
-    except VideoError:
-        raise
-    except (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
-        raise VideoError(path, _reason(error)) from error
+    def __init__(self, path, size: tuple[int, int] | None = None):
+        self.path = path = Path(path)
+        if not path.is_file():
+            raise VideoError(path, "no such file" if not path.exists() else "not a file")
+        if path.stat().st_size == 0:
+            raise VideoError(path, "empty file (0 bytes)")
+        # At the end of a clip decord polls its own decoding thread: a sound 720p clip needs up to 2,048 polls, and a
+        # busy machine more than an idle one; the default gives up at 10,240.
+        os.environ.setdefault("DECORD_EOF_RETRY_MAX", "40960")
+        import decord  # after torch, and only in the process that decodes: it can crash or hang otherwise
+
+        decord.logging.set_level(decord.logging.QUIET)
+        self._errors = (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError)
+        width, height = size or (-1, -1)
+        with self._reading():
+            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), width=width, height=height, num_threads=1,
+                                              fault_tol=1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._reader = None  # frees the decoder's buffers at once
+
+    @contextlib.contextmanager
+    def _reading(self):
+        try:
+            yield
+        except self._errors as error:
+            raise VideoError(self.path, _reason(error)) from error
+
+    @functools.cached_property
+    def times(self) -> np.ndarray:
+        with self._reading():
+            return self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0]
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        height, width = self.frames([0]).shape[1:3]
+        return width, height
+
+    def choose(self, num_frames: int) -> np.ndarray:
+        return spread_over_time(self.times, num_frames)
+
+    def frames(self, indices) -> np.ndarray:
+        with self._reading():
+            return self._reader.get_batch([int(index) for index in indices]).asnumpy()
 
 
 DECORD_REASONS = {  # words of decord's messages: what they mean
@@ -533,46 +583,42 @@ def _reason(error: Exception) -> str:
 def read_frames(path, num_frames: int, size: int) -> np.ndarray:
     """`num_frames` frames spread over the clip, RGB uint8 [T, size, size, 3], aspect squashed; raises VideoError."""
     if size < MIN_FRAME_SIZE:
-        raise DataError(f"frames must be at least {MIN_FRAME_SIZE} px a side, not {size}: decord breaks smaller ones")
-    with open_clip(path, size, size) as reader:
-        starts = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
-        return reader.get_batch(spread_over_time(starts, num_frames).tolist()).asnumpy()
+        raise DataError(f"frames must be at least {MIN_FRAME_SIZE} px per side, not {size}: decord breaks smaller ones")
+    with Clip(path, (size, size)) as clip:
+        return clip.frames(clip.choose(num_frames))
+
+
+def sample_clip(path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices [K], times [K] as fractions of the clip, and frames uint8 [K, H, W, 3] RGB at native size and aspect.
+
+    The choice is the training's (`Clip.choose`); K < num_frames in clips that are shorter. Raises VideoError.
+    """
+    with Clip(path) as clip:
+        indices = np.unique(clip.choose(num_frames))
+        starts = clip.times
+        times = (starts[indices] - starts[0]) / max(starts[-1] - starts[0], 1e-9)
+        return indices, times, clip.frames(indices)
 
 
 def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
     """`read_frames` through the cache in folder `cache_dir` (None: decode). Safe under many processes and machines.
 
-    A file is known by the clip's path, size and time of change and by what was asked for; it is written beside its
-    place and renamed, and one that is damaged or holds something else is made again. Raises VideoError.
+    A file is identified by the clip's path, size and time of change and by what was asked for. It is written under a
+    temporary name and renamed (at worst, two processes both decode a clip); one that is damaged or holds
+    something else is made again. Raises VideoError.
     """
     if cache_dir is None:
         return read_frames(path, num_frames, size)
     file, key = _cache_place(path, num_frames, size, cache_dir)
-    shape = (num_frames, size, size, 3)
-    frames = _read_cache(file, key, shape)
-    if frames is not None:
-        return frames
-    locks = Path(cache_dir) / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(locks / f"{file.name[:3]}.lock", timeout=LOCK_TIMEOUT):
-            frames = _read_cache(file, key, shape)  # another process may have made it while we waited
-            if frames is None:
-                frames = read_frames(path, num_frames, size)
-                if _has_room(str(cache_dir), frames.nbytes, int(time.monotonic() / 30)):
-                    _write_cache(file, key, frames)
-    except Timeout as error:
-        raise VideoError(path, f"another process has been decoding for {LOCK_TIMEOUT:.0f} s") from error
+    frames = _read_cache(file, key, (num_frames, size, size, 3))
+    if frames is None:
+        frames = read_frames(path, num_frames, size)
+        _write_cache(file, key, frames)
     return frames
 
 
-def is_cached(path, num_frames: int, size: int, cache_dir) -> bool:
-    """Is there a cache file for this clip and these settings? Its content is checked when it is read."""
-    return _cache_place(path, num_frames, size, cache_dir)[0].is_file()
-
-
 def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str]:
-    """(cache file, the text that tells what it must hold); raises VideoError where there is no clip."""
+    """(cache file, the key that it must hold); raises VideoError where there is no clip."""
     path = Path(path).resolve()
     if not path.is_file():
         raise VideoError(path, "no such file" if not path.exists() else "not a file")
@@ -586,7 +632,7 @@ def _read_cache(file: Path, key: str, shape: tuple) -> np.ndarray | None:
     """The frames of a cache file that is whole and was made for `key`, else None."""
     frames = np.empty(shape, np.uint8)
     try:
-        with open(file, "rb") as stored:  # read, not mapped: a mapped file that changes on a shared disk kills us
+        with open(file, "rb") as stored:  # read(), not mmap: truncating a mapped file raises SIGBUS
             head = stored.readline(65536)
             whole = stored.readinto(frames.reshape(-1)) == frames.nbytes and not stored.read(1)
     except FileNotFoundError:
@@ -601,38 +647,9 @@ def _cache_head(key: str, frames: np.ndarray) -> bytes:
 def _write_cache(file: Path, key: str, frames: np.ndarray) -> None:
     """One line of JSON, then the pixels."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".tmp", delete=False) as temporary:
-        temporary.write(_cache_head(key, frames))
-        temporary.write(frames.data)
-    os.replace(temporary.name, file)
-
-
-def cache_size(cache_dir) -> tuple[int, int]:
-    """(files, bytes) of the frames in a cache folder."""
-    sizes = [file.stat().st_size for file in Path(cache_dir).glob("??/*.frames")]
-    return len(sizes), sum(sizes)
-
-
-def limit_cache(cache_dir, gigabytes: float | None) -> None:
-    """Let a cache folder grow to `gigabytes` (None: without limit). The limit is kept in the folder, so that all who
-    share it obey; clips that find no room are decoded each time. Also removes what killed processes left half written.
-    """
-    file = Path(cache_dir) / "limit_gb"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("" if gigabytes is None else str(gigabytes), encoding="utf-8")
-    for left in Path(cache_dir).glob("??/.*.tmp"):
-        if time.time() - left.stat().st_mtime > 2 * LOCK_TIMEOUT:
-            left.unlink()
-    _has_room.cache_clear()
-
-
-@functools.lru_cache(maxsize=4)
-def _has_room(cache_dir: str, num_bytes: int, _half_minute: int) -> bool:
-    # Counting a big cache takes a second: one answer holds for half a minute, so the limit can be passed by what
-    # is decoded in that time.
-    limit = Path(cache_dir) / "limit_gb"
-    text = limit.read_text(encoding="utf-8") if limit.is_file() else ""
-    return not text or cache_size(cache_dir)[1] + num_bytes <= float(text) * 1e9
+    with replacing(file) as temporary, open(temporary, "wb") as stored:
+        stored.write(_cache_head(key, frames))
+        stored.write(frames.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,27 +729,3 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
         "ids": [row["id"] for row in rows],
         "errors": [example["error"] for example in examples if "error" in example],
     }
-
-
-class EpochSampler(Sampler):
-    """Yields (epoch, index): all indices in an order drawn from (seed, epoch), cut to whole optimizer steps.
-
-    `step_size` is the number of examples in one optimizer step over all processes; the last incomplete step of an
-    epoch is dropped. Raises DataError if not even one step is full.
-    """
-
-    def __init__(self, length: int, step_size: int, seed: int):
-        if step_size < 1 or length < step_size:
-            raise DataError(f"{length} training examples do not fill one optimizer step of {step_size}")
-        self.length, self.seed, self.epoch = length, seed, 0
-        self.kept = length - length % step_size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.kept
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        return ((self.epoch, int(index)) for index in order[: self.kept])

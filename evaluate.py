@@ -1,101 +1,50 @@
-"""Measures checkpoints on the held-out clips, beside what needs no eyes at all.
+"""Measures checkpoints on the held-out clips, next to baselines that never see the video.
 
     python evaluate.py --checkpoint stage1=output/stage1 stage2=output/stage2 stage3=output/stage3 \\
         --config configs/stage3.yaml --output_dir output/evaluate
 
-Greedy answers in both modes, one row a system: `prior` (the best constant caption), `blank` (no picture), `swapped`
-(another clip's picture), `reversed` (the clip backwards, where the truth knows the order of events), the checkpoints,
-`reference` (the held-out captions as if they were answers). The scorer reads only the predictions and the evidence:
-exact truth where a file gives it (`truth`), else a detector with other settings than the one that paid the reward
-(`judge`). Each number has a 95% bootstrap interval over clips. `--num_samples 4` adds rows sampled at `--temperature`.
-
-Answers that stand in <output_dir>/predictions.jsonl and were made by the same weights are kept.
+Greedy answers in every mode, one row per system: `prior` (the best constant caption), `blank` (grey frames), `swapped`
+(another clip's frames), `reversed` (the clip backwards, where the truth knows the order of events), the checkpoints,
+`reference` (the held-out captions as if they were answers). The scorer reads only predictions and truth: exact where a
+file gives it (`truth`), else what a detector finds (`judge`; not the detector that the reward checks). Each number has
+a 95% bootstrap interval over clips. `--num_samples 4` adds rows of answers sampled at `--temperature`. Answers already
+in <output_dir>/predictions.jsonl are kept if the same weights and settings made them.
 """
 
-import base64
 import hashlib
-import html
-import io
+import itertools
 import json
-import os
 import re
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from training.common import fail, file_sha256, load_config, read_jsonl, run_main, write_json, write_text
+from training.config import EvaluateConfig
+
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
+    load_config(EvaluateConfig, default_config="configs/stage3.yaml", description=__doc__)
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import MODES, DataError, Entry, VideoError, cached_frames, load_entries, resolve_video, split_by_video
-from model import DriveVLM, ModelError, checkpoint_folder
-from stage3.detect_objects import DetectionError, DetectorSettings, check_settings, detect_clips, load_evidence
-from stage3.vocabulary_config import COCO_NAMES, find_mentions
-from training import DataConfig, fail, load_config, opt
+from dataset import MODE_TABLE, DataError, VideoError, cached_frames, load_split, resolve_video, sample_clip
+from model import DriveVLM, ModelError, read_checkpoint
+from pages.render import film_strip, highlight, render
+from stage3.detect_objects import detect_clips, load_evidence, weights_problems
+from stage3.mentions import find_mentions
+from stage3.vocabulary_config import COCO_NAMES
 
-BOOTSTRAP = 1000
+BOOTSTRAP = 1000  # draws of clips
 FIXED = ("prior", "blank", "swapped", "reversed", "reference")  # rows that are there whatever the checkpoints
-# key in metrics.json, head in the table, decimals
-COLUMNS = [("words", "words", 0), ("in_range", "in range", 2), ("ended", "ended", 2), ("precision", "P", 2),
-           ("recall", "R", 2), ("f1_micro", "F1", 2), ("f1_macro", "F1 macro", 2), ("chair_i", "CHAIRi", 2),
-           ("chair_s", "CHAIRs", 2), ("order", "order", 2), ("repetition", "rep-4", 2),
-           ("tokens_per_second", "tok/s", 0)]
+FRAMES = 8  # frames of a clip that are shown
 
 
-@dataclass
-class EvaluateConfig(DataConfig):
-    """Evaluation"""
-
-    checkpoint: list[str] = opt([], "NAME=FOLDER, one or several: checkpoint or run folders")
-    control: str = opt("", "the checkpoint that blank, swapped and reversed ask; default stage2, else the last")
-    truth: str = opt("", "file of exact truth, as the toy world writes; without it the judge's evidence is the truth")
-    judge: DetectorSettings = field(default_factory=DetectorSettings)
-    evidence_cache: str = opt("output/evidence", "where the detector's boxes are kept")
-    microscope_words: list[int] = opt([150, 1000], "fewest and most words of a Microscope answer in range")
-    copilot_words: list[int] = opt([10, 60], "fewest and most words of a Copilot answer in range")
-    microscope_tokens: int = opt(640, "an answer is cut after so many tokens")
-    copilot_tokens: int = opt(128, "an answer is cut after so many tokens")
-    num_samples: int = opt(0, "sampled answers a clip and mode in extra rows, 0 for none")
-    temperature: float = opt(1.0, "of the sampled answers")
-    eval_batch_size: int = opt(8, "clips that are answered at once")
-
-    def folders(self) -> dict[str, Path]:
-        """--checkpoint as {name: folder}."""
-        return {name: Path(folder) for name, _, folder in (text.partition("=") for text in self.checkpoint)}
-
-    def problems(self) -> list[str]:
-        found, names = super().problems(), [text.partition("=")[0] for text in self.checkpoint]
-        for text, name in zip(self.checkpoint, names, strict=True):
-            if not re.fullmatch(r"[^=]+=.+", text):
-                found.append(f"checkpoint: {text!r} is not NAME=FOLDER")
-            elif name in FIXED or names.count(name) > 1:
-                found.append(f"checkpoint: the name {name!r} is taken (also by the fixed rows {', '.join(FIXED)})")
-            elif not (checkpoint_folder(self.folders()[name]) / "drivevlm.json").is_file():
-                found.append(f"checkpoint: {self.folders()[name]} holds no drivevlm.json, nor does its model/")
-        if not names:
-            found.append("checkpoint: none given; use --checkpoint NAME=FOLDER [NAME=FOLDER ...]")
-        if self.control and self.control not in names:
-            found.append(f"control: no checkpoint is called {self.control!r}")
-        found += [f"{key}: not found: {path}" for key, path in (("data", self.data), ("video_root", self.video_root),
-                  ("truth", self.truth)) if path and not Path(path).exists()]
-        if any((Path(self.output_dir) / name).exists() for name in ("train.log", "model")):
-            found.append(f"output_dir: {self.output_dir} is a training run's folder; give another with --output_dir")
-        if not self.truth:
-            found += check_settings(self.judge, "judge")
-        for key in ("microscope_words", "copilot_words"):
-            words = getattr(self, key)
-            if len(words) != 2 or not 0 <= words[0] <= words[1]:
-                found.append(f"{key} must be [fewest, most], got {words}")
-        for key in ("microscope_tokens", "copilot_tokens", "eval_batch_size", "temperature"):
-            if not getattr(self, key) > 0:
-                found.append(f"{key} must be above 0, got {getattr(self, key)}")
-        return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Truth
+# ---- truth -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,95 +52,223 @@ class Truth:
     """What a clip shows. A class in none of the sets is absent."""
 
     present: frozenset[str]
-    salient: frozenset[str]  # what a complete answer tells: recall counts these
+    salient: frozenset[str]  # what a complete answer mentions: recall counts these
     unknown: frozenset[str] = frozenset()  # neither right nor wrong
     order: tuple[str, ...] = ()  # classes in the order of their first appearance
 
+    def verdict(self, name: str) -> str:
+        """What a mention of class `name` is, in the words of pages/render.py."""
+        if name in self.present:
+            return "supported"
+        return "unknown" if name in self.unknown else "unsupported"
 
-def exact_truth(path: str, videos: list[str]) -> dict[str, Truth]:
-    """Reads `{video: {"present": [..], "order": [..], ..}}`; leaves with a message where clips are missing."""
-    rows = json.loads(Path(path).read_text())
-    missing = [video for video in videos if video not in rows]
-    if missing:
-        fail([f"truth: {path} lacks {len(missing)} of {len(videos)} clips ({', '.join(missing[:3])} ..)"])
-    strange = {name for video in videos for name in rows[video]["present"]} - set(COCO_NAMES)
-    if strange:
-        fail([f"truth: {path} has classes that are not COCO's: {', '.join(sorted(strange))}"])
+
+def exact_truth(path: str, videos: list[str], problems: list[str]) -> dict[str, Truth]:
+    """A truth file, {video: {"present": [..], "order": [..], ..}}; clips that it lacks are added to `problems`."""
     truth = {}
-    for video in videos:
-        present = frozenset(rows[video]["present"])
-        truth[video] = Truth(present, present, order=tuple(rows[video].get("order", ())))
+    for video, row in json.loads(Path(path).read_text(encoding="utf-8")).items():
+        present = frozenset(row["present"])
+        truth[video] = Truth(present, present, order=tuple(row.get("order", ())))
+    missing = [video for video in videos if video not in truth]
+    if missing:
+        problems.append(f"truth: {path} lacks {len(missing)} of {len(videos)} clips ({', '.join(missing[:3])} ..)")
+    unknown_names = set().union(*(truth[video].present for video in videos if video in truth)) - set(COCO_NAMES)
+    if unknown_names:
+        problems.append(f"truth: {path} has classes that are not COCO's: {', '.join(sorted(unknown_names))}")
     return truth
 
 
-def judged_truth(config: EvaluateConfig, entries: list[Entry]) -> tuple[dict[str, Truth], list[str]]:
-    """The judge's evidence on the entries' clips, detecting what is not cached -> (truth, clips without evidence)."""
+def judged_truth(config: EvaluateConfig, entries) -> dict[str, Truth]:
+    """The judge's evidence on the entries' clips (those that it could look at); detects what is not cached."""
     videos = sorted({entry.video for entry in entries})
     detect_clips(videos, config.video_root, config.judge, config.evidence_cache)
-    evidence = load_evidence(config.evidence_cache, entries, config.judge)
-    truth = {video: Truth(frozenset(e.present), frozenset(e.salient), frozenset(e.unknown))
-             for video, e in evidence.items() if e is not None}
-    return truth, [video for video in videos if video not in truth]
+    truth = {}
+    for video, evidence in load_evidence(config.evidence_cache, entries, config.judge).items():
+        if evidence is not None:
+            truth[video] = Truth(frozenset(evidence.present), frozenset(evidence.salient), frozenset(evidence.unknown))
+    return truth
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Systems that need no model
+# ---- scoring: predictions and truth in, numbers out ------------------------------------------------------------------
+
+
+class Metric(NamedTuple):
+    """One column: the sum of one count over all texts, divided by the sum of another."""
+
+    head: str
+    decimals: int
+    above: str = ""  # a count of score_text
+    below: str = "texts"
+    needs: str = ""  # the table shows a dash where this key of the block is 0
+
+
+# {key in metrics.json: column}. A new metric is one count in score_text and one line here. Reference captions are there
+# too: `counts["cider"] = cider(text, references)` and `"cider": Metric("CIDEr", 2, "cider")` add CIDEr.
+METRICS = {
+    "words": Metric("words", 0, "words"),
+    "in_range": Metric("in range", 2, "in_range"),
+    "ended": Metric("ended", 2, "ended"),
+    "precision": Metric("P", 2, "hit", "named", needs="mentions"),
+    "recall": Metric("R", 2, "recalled", "salient"),
+    "f1_micro": Metric("F1", 2),  # computed in metrics_of from precision and recall
+    "f1_macro": Metric("F1 macro", 2),  # computed in metrics_of from the counts of each class
+    "chair_i": Metric("CHAIRi", 2, "invented", "mentions", needs="mentions"),
+    "chair_s": Metric("CHAIRs", 2, "inventing", needs="mentions"),
+    "order": Metric("order", 2, "agreeing", "pairs", needs="order_pairs"),
+    "repetition": Metric("rep-4", 2, "repeated", "grams"),
+    "tokens_per_second": Metric("tok/s", 0, "tokens", "seconds", needs="tokens_per_second"),
+}
 
 
 def mentioned(text: str) -> list[str]:
-    """The objects that a text says are there, one for each mention, in the text's order."""
-    return [m.object for m in sorted(find_mentions(text), key=lambda m: m.start) if not m.negated]
+    """The objects that a text says are there, one per mention, in the order of the text."""
+    return [mention.object for mention in find_mentions(text) if not mention.negated]
 
 
-def micro_f1(answers: list[set], truths: list[Truth]) -> float:
-    hit = sum(len(a & t.present) for a, t in zip(answers, truths, strict=True))
-    named = sum(len(a - t.unknown) for a, t in zip(answers, truths, strict=True))
-    told = sum(len(a & t.salient) for a, t in zip(answers, truths, strict=True))
-    due = sum(len(t.salient) for t in truths)
-    return harmonic(hit / named if named else 0.0, told / due if due else 0.0)
+def score_text(text: str, truth: Truth, words: list[int], references: tuple[str, ...] = ()) -> dict:
+    """The counts that every metric is a ratio of. `words`: [fewest, most]; `references`: the clip's captions."""
+    spoken = mentioned(text)
+    known = [name for name in spoken if name not in truth.unknown]
+    invented = [name for name in known if name not in truth.present]
+    said = set(spoken)
+    tokens = re.findall(r"[\w'-]+", text.lower())
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    first = [spoken.index(name) for name in truth.order if name in said]  # first mentions, in the order of appearance
+    pairs = list(itertools.combinations(first, 2))
+    counts = {
+        "texts": 1, "words": len(tokens), "in_range": words[0] <= len(tokens) <= words[1],
+        "hit": len(said & truth.present), "named": len(set(known)),
+        "recalled": len(said & truth.salient), "salient": len(truth.salient),
+        "mentions": len(known), "invented": len(invented), "inventing": bool(invented),
+        "grams": len(grams), "repeated": len(grams) - len(set(grams)),
+        "pairs": len(pairs), "agreeing": sum(earlier < later for earlier, later in pairs),
+    }
+    counts |= {("hit", name): 1 for name in said & truth.present}
+    counts |= {("false", name): 1 for name in set(invented)}
+    counts |= {("missed", name): 1 for name in truth.salient - said}
+    return counts
 
 
-def harmonic(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, and 0 where there is nothing below."""
+    return np.divide(above, below, out=np.zeros_like(above, dtype=float), where=below > 0)
 
 
-def constant_caption(train: list[Entry], truth: dict[str, Truth]) -> tuple[str, float]:
-    """The prior: the classes most frequent in the training captions, as many of them as score best in micro-F1 on the
+def metrics_of(by_clip: list[Counter], draws: np.ndarray, salient_classes: set[str]) -> dict[str, np.ndarray]:
+    """The metrics as arrays [B], one value per draw; draws [B, clips]: how often each holds a clip.
+
+    Their meaning is in docs/evaluation.md. Without a mention, precision and CHAIR are 0. The macro average is over the
+    classes that the truth contains; a draw in which some class never occurs leaves that class out.
+    """
+    total = defaultdict(lambda: np.zeros(len(draws)))
+    for key in set().union(*by_clip):
+        total[key] = draws @ np.array([counts[key] for counts in by_clip], dtype=float)
+    values = {key: ratio(total[metric.above], total[metric.below]) for key, metric in METRICS.items()}
+    precision, recall = values["precision"], values["recall"]
+    values["f1_micro"] = ratio(2 * precision * recall, precision + recall)
+    f1_sum, num_classes = np.zeros(len(draws)), np.zeros(len(draws))
+    for name in sorted(salient_classes):
+        hits, errors = 2 * total["hit", name], total["false", name] + total["missed", name]
+        f1_sum += ratio(hits, hits + errors)
+        num_classes += hits + errors > 0
+    values["f1_macro"] = ratio(f1_sum, num_classes)
+    return values
+
+
+def score(predictions: list[dict], truth: dict[str, Truth], ranges: dict[str, list[int]], seed: int = 42,
+          references: dict[str, tuple[str, ...]] | None = None) -> dict:
+    """One system's rows of predictions.jsonl -> its block of metrics.json.
+
+    `ranges`: {mode: [fewest, most] words}; `references`: {entry id: captions}. Intervals are the 2.5 and 97.5
+    percentiles over the bootstrap draws of clips.
+    """
+    videos = sorted({row["video"] for row in predictions})
+    even = np.full(len(videos), 1 / len(videos))
+    draws = np.random.default_rng(seed).multinomial(len(videos), even, size=BOOTSTRAP)
+    draws = np.vstack([np.ones(len(videos), dtype=int), draws])  # row 0: every clip once
+    salient_classes = set().union(*(truth[video].salient for video in videos))
+    sums, in_range = defaultdict(Counter), defaultdict(list)
+    for row in predictions:
+        mode, video, captions = row["mode"], row["video"], (references or {}).get(row["id"], ())
+        counts = score_text(row["text"], truth[video], ranges[mode], captions)
+        sums[mode, video].update(counts | {key: row[key] for key in ("ended", "tokens", "seconds")})
+        in_range[video, row["sample"]].append(counts["in_range"])
+    block = {}
+    for mode in ranges:
+        by_clip = [sums[mode, video] for video in videos]
+        values = metrics_of(by_clip, draws, salient_classes)
+        block[mode] = {key: round(float(value[0]), 4) for key, value in values.items()}
+        block[mode]["mentions"] = sum(counts["mentions"] for counts in by_clip)
+        block[mode]["order_pairs"] = sum(counts["pairs"] for counts in by_clip)
+        block[mode]["interval"] = {key: np.percentile(value[1:], [2.5, 97.5]).round(4).tolist()
+                                   for key, value in values.items()}
+    right = [all(modes) for modes in in_range.values() if len(modes) == len(ranges)]
+    block["mode_accuracy"] = round(float(np.mean(right)), 4) if right else 0.0
+    return block
+
+
+# ---- answers: a constant caption's, and those of checkpoints ---------------------------------------------------------
+
+
+def constant_caption(train, truth: dict[str, Truth]) -> tuple[str, float]:
+    """The prior: the classes most frequent in the training captions, as many of them as give the best micro-F1 on the
     training clips -> (caption, that F1). Held-out clips have no part in it.
 
-    truth: of the training clips; a clip that it lacks is judged by what its own captions mention.
+    `truth`: of the training clips; where it lacks a clip, what the clip's captions mention is taken for its truth.
     """
-    said = {}
+    said = defaultdict(set)
     for entry in train:
         for caption in entry.captions:
-            said.setdefault(entry.video, set()).update(mentioned(caption))
-    frequent = [name for name, _ in Counter(name for names in said.values() for name in sorted(names)).most_common()]
-    truths = [truth.get(video) or Truth(frozenset(names), frozenset(names)) for video, names in said.items()]
-    scores = [micro_f1([set(frequent[:k])] * len(truths), truths) for k in range(len(frequent) + 1)]
-    best = int(np.argmax(scores))
-    return ", ".join(frequent[:best]).capitalize() + ".", scores[best]
+            said[entry.video].update(mentioned(caption))
+    num_clips = Counter()
+    for names in said.values():
+        num_clips.update(sorted(names))
+    frequent = [name for name, _ in num_clips.most_common()]
+    clips = [truth.get(video) or Truth(frozenset(names), frozenset(names)) for video, names in said.items()]
+    num_salient = sum(len(clip.salient) for clip in clips)
+    hit = named = recalled = 0
+    best, best_f1 = 0, 0.0
+    for length, name in enumerate(frequent, start=1):
+        hit += sum(name in clip.present for clip in clips)
+        named += sum(name not in clip.unknown for clip in clips)
+        recalled += sum(name in clip.salient for clip in clips)
+        precision, recall = hit / max(named, 1), recalled / max(num_salient, 1)
+        f1 = 2 * precision * recall / (precision + recall) if hit and recalled else 0.0
+        if f1 > best_f1:
+            best, best_f1 = length, f1
+    return ", ".join(frequent[:best]).capitalize() + ".", best_f1
 
 
-def fixed_predictions(system: str, entries: list[Entry], text_of) -> list[dict]:
-    return [{"system": system, "key": "", "id": e.id, "video": e.video, "mode": e.mode, "sample": 0, "text": text_of(e),
-             "tokens": 0, "ended": True, "seconds": 0.0} for e in entries]
+def prediction(system: str, entry, text: str, key="", sample=0, tokens=0, ended=True, seconds=0.0) -> dict:
+    """One row of predictions.jsonl."""
+    return {"system": system, "key": key, "id": entry.id, "video": entry.video, "mode": entry.mode, "sample": sample,
+            "text": text, "tokens": tokens, "ended": ended, "seconds": round(seconds, 4)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Asking a checkpoint
+@dataclass(frozen=True)
+class System:
+    """One row of the table that a checkpoint answers for."""
+
+    name: str
+    folder: Path  # the checkpoint folder
+    control: str = ""  # see change_frames
+    num_samples: int = 0  # 0: greedy
 
 
-def checkpoint_hash(folder: Path) -> str:
-    """Of the weights and settings in a checkpoint or run folder: answers made by others are asked again."""
-    folder = checkpoint_folder(folder)
-    digest = hashlib.sha256()
-    for file in [folder / "drivevlm.json", *sorted(folder.rglob("*.safetensors"))]:
-        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
+def planned_systems(config: EvaluateConfig, folders: dict[str, Path], ordered: bool) -> list[System]:
+    """The rows that checkpoints answer for. `ordered`: the truth knows the order of events."""
+    control = config.control or ("stage2" if "stage2" in folders else list(folders)[-1])
+    controls = ["blank", "swapped", "reversed"] if ordered else ["blank", "swapped"]
+    systems = [System(how, folders[control], control=how) for how in controls]
+    systems += [System(name, folder) for name, folder in folders.items()]
+    if config.num_samples:
+        systems += [System(f"{name} T={config.temperature:g}", folder, num_samples=config.num_samples)
+                    for name, folder in folders.items()]
+    return systems
 
 
 def change_frames(frames: np.ndarray, how: str) -> np.ndarray:
-    """frames: uint8 [N, T, S, S, 3] of N different clips; what each clip shows under a control."""
+    """frames: uint8 [N, T, S, S, 3] of N different clips -> what each clip shows under a control."""
     if how == "blank":
         return np.full_like(frames, 128)  # grey: near 0 once normalised
     if how == "swapped":
@@ -201,422 +278,254 @@ def change_frames(frames: np.ndarray, how: str) -> np.ndarray:
     return frames
 
 
-@dataclass(frozen=True)
-class System:
-    """One row of the table that a checkpoint answers for."""
+def answers_key(system: System, entries, config: EvaluateConfig, limits: dict[str, int]) -> str:
+    """Changes with everything that an answer depends on: weights, questions, clips, control, sampling."""
+    files = [system.folder / "drivevlm.json", *sorted(system.folder.rglob("*.safetensors"))]
+    sampling = [system.num_samples, config.seed, config.temperature] if system.num_samples else "greedy"
+    content = [[file_sha256(file) for file in files], config.vision_model, config.language_model, config.dtype,
+               system.control, sampling, limits, config.eval_batch_size, config.video_root,
+               [(entry.id, entry.question) for entry in entries]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
-    name: str
-    folder: Path
-    control: str = ""  # see change_frames
-    num_samples: int = 0  # 0: greedy
 
-
-def ask(model: DriveVLM, system: System, key: str, entries: list[Entry], config: EvaluateConfig) -> list[dict]:
-    """Every entry's answer by `model` -> rows of predictions.jsonl.
+def ask(model, system: System, key: str, entries, config: EvaluateConfig, limits: dict[str, int]) -> list[dict]:
+    """Every entry's answer by `model` -> rows of predictions.jsonl. `limits`: {mode: longest answer in tokens}.
 
     All clips' frames are held in memory: 40 clips of 16 frames at 384 px are 0.3 GB.
     """
     samples = max(system.num_samples, 1)
     videos = sorted({entry.video for entry in entries})
-    frames = np.stack([cached_frames(resolve_video(config.video_root, video), model.num_frames, model.image_size,
-                                     config.frame_cache or None) for video in videos])
-    frames = torch.from_numpy(np.ascontiguousarray(change_frames(frames, system.control)))  # [N, T, S, S, 3]
-    place = {video: i for i, video in enumerate(videos)}
+    frames = [cached_frames(resolve_video(config.video_root, video), model.num_frames, model.image_size,
+                            config.frame_cache) for video in videos]
+    frames = change_frames(np.stack(frames), system.control)
+    frames = torch.from_numpy(np.ascontiguousarray(frames))  # uint8 [N, T, S, S, 3]
     rows = []
-    bar = tqdm(total=len(entries), desc=system.name, unit="answer")
-    for mode in MODES:
-        wanted = [entry for entry in entries if entry.mode == mode]
-        max_new_tokens = getattr(config, f"{mode}_tokens")
-        for start in range(0, len(wanted), config.eval_batch_size):
-            batch = wanted[start : start + config.eval_batch_size]
-            begun = time.perf_counter()
-            answers = model.generate(
-                frames[[place[entry.video] for entry in batch]], [entry.question for entry in batch],
-                max_new_tokens=max_new_tokens, temperature=config.temperature if system.num_samples else 0.0,
-                num_samples=samples, seed=config.seed + start,
-            )
-            seconds = (time.perf_counter() - begun) / len(answers)
-            for i, answer in enumerate(answers):
-                entry = batch[i // samples]
-                rows.append({"system": system.name, "key": key, "id": entry.id, "video": entry.video, "mode": mode,
-                             "sample": i % samples, "text": answer.text, "tokens": len(answer.ids),
-                             "ended": answer.ended, "seconds": round(seconds, 4)})
-            bar.update(len(batch))
-    bar.close()
+    with tqdm(total=len(entries), desc=system.name, unit="answer") as bar:
+        for mode, limit in limits.items():
+            asked = [entry for entry in entries if entry.mode == mode]
+            for start in range(0, len(asked), config.eval_batch_size):
+                batch = asked[start : start + config.eval_batch_size]
+                begin = time.perf_counter()
+                answers = model.generate(
+                    frames[[videos.index(entry.video) for entry in batch]], [entry.question for entry in batch],
+                    max_new_tokens=limit, num_samples=samples, seed=config.seed + start,
+                    temperature=config.temperature if system.num_samples else 0.0)
+                seconds = (time.perf_counter() - begin) / len(answers)
+                for i, answer in enumerate(answers):  # the answers to one entry follow each other
+                    rows.append(prediction(system.name, batch[i // samples], answer.text, key, i % samples,
+                                           len(answer.ids), answer.ended, seconds))
+                bar.update(len(batch))
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring: predictions and truth in, numbers out
-
-
-def score_text(text: str, truth: Truth, words: list[int]) -> dict:
-    """The counts that every metric is a ratio of."""
-    spoken = mentioned(text)
-    known = [name for name in spoken if name not in truth.unknown]
-    invented = [name for name in known if name not in truth.present]
-    said = set(spoken)
-    tokens = re.findall(r"[\w'-]+", text.lower())
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    first = {name: i for i, name in reversed(list(enumerate(spoken)))}
-    script = [name for name in truth.order if name in first]
-    pairs = [(a, b) for i, a in enumerate(script) for b in script[i + 1 :]]
-    counts = {
-        "texts": 1, "words": len(tokens), "in_range": words[0] <= len(tokens) <= words[1],
-        "hit": len(said & truth.present), "named": len(set(known)),
-        "told": len(said & truth.salient), "due": len(truth.salient),
-        "mentions": len(known), "invented": len(invented), "inventing": bool(invented),
-        "grams": len(grams), "repeated": len(grams) - len(set(grams)),
-        "pairs": len(pairs), "agreeing": sum(first[a] < first[b] for a, b in pairs),
-    }
-    for name in said & truth.present:
-        counts["hit", name] = 1
-    for name in set(invented):
-        counts["false", name] = 1
-    for name in truth.salient - said:
-        counts["missed", name] = 1
-    return counts
-
-
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, and 0 where there is nothing below."""
-    return np.divide(above, below, out=np.zeros_like(above, dtype=float), where=below > 0)
-
-
-def metrics_of(total: dict, due_classes: set[str]) -> dict[str, np.ndarray]:
-    """total: each count summed over texts, as arrays [B] (one value a bootstrap draw). Meanings: docs/evaluation.md.
-
-    Without a mention, precision and CHAIR are 0. The macro average goes over the classes that the truth contains; a
-    bootstrap draw without a case of some class leaves that one out.
-    """
-    precision, recall = ratio(total["hit"], total["named"]), ratio(total["told"], total["due"])
-    shape = (len(due_classes), len(precision))
-    hits = 2 * np.array([total["hit", name] for name in sorted(due_classes)]).reshape(shape)
-    slips = np.array([total["false", name] + total["missed", name] for name in sorted(due_classes)]).reshape(shape)
-    per_class = ratio(hits, hits + slips)
-    return {
-        "words": ratio(total["words"], total["texts"]),
-        "in_range": ratio(total["in_range"], total["texts"]),
-        "ended": ratio(total["ended"], total["texts"]),
-        "precision": precision,
-        "recall": recall,
-        "f1_micro": ratio(2 * precision * recall, precision + recall),
-        "f1_macro": ratio(per_class.sum(0), (hits + slips > 0).sum(0)),
-        "chair_i": ratio(total["invented"], total["mentions"]),
-        "chair_s": ratio(total["inventing"], total["texts"]),
-        "order": ratio(total["agreeing"], total["pairs"]),
-        "repetition": ratio(total["repeated"], total["grams"]),
-        "tokens_per_second": ratio(total["tokens"], total["seconds"]),
-    }
-
-
-def totals(by_clip: dict[str, Counter], draws: np.ndarray, videos: list[str]) -> dict:
-    """Sums each count over clips, weighted by how often a draw holds the clip: draws [B, clips] -> arrays [B]."""
-    total = defaultdict(lambda: np.zeros(len(draws)))
-    for key in {key for counts in by_clip.values() for key in counts}:
-        total[key] = draws @ np.array([by_clip[video][key] for video in videos], dtype=float)
-    return total
-
-
-def score(predictions: list[dict], truth: dict[str, Truth], ranges: dict[str, list[int]], seed: int = 42) -> dict:
-    """One system's rows of predictions.jsonl -> its block of metrics.json.
-
-    ranges: mode -> [fewest, most] words. Intervals: the 2.5 and 97.5 percentiles over 1,000 draws of clips.
-    """
-    videos = sorted({row["video"] for row in predictions})
-    draws = np.random.default_rng(seed).multinomial(len(videos), np.full(len(videos), 1 / len(videos)), size=BOOTSTRAP)
-    draws = np.vstack([np.ones(len(videos), dtype=int), draws])  # row 0: every clip once
-    due_classes = {name for video in videos for name in truth[video].salient}
-    block, in_range = {}, defaultdict(list)
-    for mode in MODES:
-        by_clip: dict[str, Counter] = {video: Counter() for video in videos}
-        for row in predictions:
-            if row["mode"] == mode:
-                counts = score_text(row["text"], truth[row["video"]], ranges[mode])
-                counts |= {"ended": row["ended"], "tokens": row["tokens"], "seconds": row["seconds"]}
-                by_clip[row["video"]].update(counts)
-                in_range[row["video"], row["sample"]].append(counts["in_range"])
-        total = totals(by_clip, draws, videos)
-        values = metrics_of(total, due_classes)
-        block[mode] = {key: round(float(value[0]), 4) for key, value in values.items()}
-        block[mode] |= {"mentions": int(total["mentions"][0]), "order_pairs": int(total["pairs"][0])}
-        block[mode]["interval"] = {key: np.percentile(value[1:], [2.5, 97.5]).round(4).tolist()
-                                   for key, value in values.items()}
-    right = [all(both) for both in in_range.values() if len(both) == len(MODES)]
-    block["mode_accuracy"] = round(float(np.mean(right)), 4) if right else 0.0
-    return block
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Table and page
-
-
-def cell(block: dict, key: str, decimals: int) -> str:
-    """`0.79 ±.05`, half of the interval's width behind the sign; a dash where the number means nothing."""
-    needs = {"order": "order_pairs", "precision": "mentions", "chair_i": "mentions", "chair_s": "mentions",
-             "tokens_per_second": "tokens_per_second"}
-    if key in needs and not block[needs[key]]:
-        return "–"
-    low, high = block["interval"][key]
-    spread = f"{(high - low) / 2:.{decimals}f}"
-    return f"{block[key]:.{decimals}f} ±{spread.removeprefix('0') or spread}"
-
-
-def table(metrics: dict) -> str:
-    """One Markdown table a mode, columns padded so that it reads as well in a terminal."""
-    systems, parts = metrics["systems"], []
-    for mode in MODES:
-        columns = [c for c in COLUMNS if c[0] != "order" or any(s[mode]["order_pairs"] for s in systems.values())]
-        rows = [[mode.capitalize(), *(head for _, head, _ in columns), "mode acc."]]
-        for name, block in systems.items():
-            rows.append([name, *(cell(block[mode], key, decimals) for key, _, decimals in columns),
-                         f"{block['mode_accuracy']:.2f}"])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
-                 for row in rows]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Drive-VLM: evaluation</title><style>
-:root { --ink:#1d2430; --soft:#667085; --line:#e3e7ee; --card:#fff; --page:#f5f7fa; }
-body { font:15px/1.55 system-ui,sans-serif; color:var(--ink); background:var(--page); margin:0 auto; max-width:1240px;
-  padding:28px 24px 80px }
-h1 { font-size:26px; margin:0 0 4px } h2 { font-size:17px; margin:0 0 10px } p { color:var(--soft); margin:4px 0 14px }
-section { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:18px 20px; margin:18px 0 }
-table { border-collapse:collapse; width:100%%; font-size:13px }
-th { color:var(--soft); font-weight:600; text-align:left }
-td, th { padding:5px 8px; border-bottom:1px solid var(--line); vertical-align:top; white-space:nowrap }
-td small { color:var(--soft) } tr.checkpoint td:first-child { font-weight:700 }
-td.text { white-space:normal; width:46%% }
-.scroll { overflow-x:auto } .strip { display:flex; gap:4px; margin:8px 0 12px } .strip img { flex:1; min-width:0;
-  border-radius:6px }
-.chip { background:#eef1f6; border-radius:99px; padding:1px 10px; margin-right:5px; font-size:13px }
-mark { border-radius:4px; padding:0 3px; color:inherit } .yes { background:#c9efd4 } .no { background:#ffc9c4;
-  font-weight:600 } .unknown { background:#e6e2d3 } .negated { background:#d6e4ff; text-decoration:line-through }
-.legend mark { margin-right:8px } .out { color:#b54708; font-size:12px }
-</style><h1>Evaluation on %(clips)d held-out clips</h1>
-<p>Truth: %(truth)s. The number behind ± is half of the 95%% bootstrap interval over clips. The prior answers every clip
-with “%(prior)s”.</p>
-<p class="legend"><mark class="yes">supported by the truth</mark><mark class="no">not supported</mark><mark
-class="unknown">unknown: neither right nor wrong</mark><mark class="negated">said to be absent</mark></p>
-<section>%(tables)s</section>%(sections)s</html>
-"""
-
-
-def coloured(text: str, truth: Truth) -> str:
-    """The text as HTML, each mention marked by what the truth says of it. Words for two classes take the worse."""
-    spans: dict[tuple[int, int], str] = {}
-    rank = ("negated", "yes", "unknown", "no")
-    for m in find_mentions(text):
-        known = "yes" if m.object in truth.present else "unknown" if m.object in truth.unknown else "no"
-        kind = "negated" if m.negated else known
-        spans[m.start, m.end] = max(spans.get((m.start, m.end), kind), kind, key=rank.index)
-    out, end = [], 0
-    for (start, stop), kind in sorted(spans.items()):
-        if start >= end:
-            out.append(f'{html.escape(text[end:start])}<mark class="{kind}">{html.escape(text[start:stop])}</mark>')
-            end = stop
-    return "".join(out) + html.escape(text[end:])
-
-
-def frame_strip(path: Path, num_frames: int = 8, width: int = 240) -> str:
-    """Some frames of a clip, as pictures inside the page."""
-    from PIL import Image
-
-    from stage3.detect_objects import read_clip
-
-    pictures = []
-    for frame in read_clip(path, num_frames)[2]:
-        picture = Image.fromarray(frame)
-        picture.thumbnail((width, width))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=80)
-        pictures.append(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
-    return f'<div class="strip">{"".join(pictures)}</div>'
-
-
-def html_table(metrics: dict) -> str:
-    parts = []
-    for block in table(metrics).strip().split("\n\n"):
-        lines = [line for line in block.split("\n") if not line.startswith("|--")]
-        rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines]
-        body = ["<tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in rows[0]) + "</tr>"]
-        for row in rows[1:]:
-            cells = (re.sub(r" (±.*)", r" <small>\1</small>", html.escape(text)) for text in row)
-            kind = ' class="checkpoint"' if row[0] in metrics["checkpoints"] else ""
-            body.append(f"<tr{kind}>" + "".join(f"<td>{text}</td>" for text in cells) + "</tr>")
-        parts.append(f'<div class="scroll"><table>{"".join(body)}</table></div>')
-    return "<br>".join(parts)
-
-
-def report(metrics: dict, predictions: list[dict], truth: dict[str, Truth], video_root: str) -> str:
-    """The page: the table, then each clip with its frames and every system's answers, most invention first."""
-    by_clip: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    wrong: Counter = Counter()
-    for row in predictions:
-        if row["sample"] == 0 and row["system"] != "prior":
-            by_clip[row["video"]][row["system"]][row["mode"]] = row["text"]
-        if row["system"] in metrics["checkpoints"]:
-            wrong[row["video"]] += score_text(row["text"], truth[row["video"]], [0, 0])["invented"]
-    sections = []
-    for video in sorted(by_clip, key=lambda v: (-wrong[v], v)):
-        chips = "".join(f'<span class="chip">{name}</span>' for name in sorted(truth[video].present))
-        chips += "".join(f'<span class="chip">{name}?</span>' for name in sorted(truth[video].unknown))
-        rows = ["<tr><th></th>" + "".join(f"<th>{mode.capitalize()}</th>" for mode in MODES) + "</tr>"]
-        for system, texts in by_clip[video].items():
-            cells = "".join(f'<td class="text">{coloured(texts.get(mode, ""), truth[video])}</td>' for mode in MODES)
-            kind = ' class="checkpoint"' if system in metrics["checkpoints"] else ""
-            rows.append(f"<tr{kind}><td>{html.escape(system)}</td>{cells}</tr>")
-        strip = frame_strip(resolve_video(video_root, video))
-        sections.append(f"<section><h2>{html.escape(video)}</h2>There: {chips}{strip}<table>{''.join(rows)}</table>"
-                        "</section>")
-    return PAGE % {"clips": metrics["clips"], "truth": html.escape(metrics["truth"]), "tables": html_table(metrics),
-                   "prior": html.escape(metrics["prior"]["caption"].rstrip(".")), "sections": "".join(sections)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def readable(entries: list[Entry], config: EvaluateConfig) -> tuple[list[Entry], dict[str, str]]:
-    """The entries whose clip can be read, and the others' reasons: a clip is left out for every system or for none."""
-    from stage3.detect_objects import read_clip
-
-    failed = {}
-    for video in sorted({entry.video for entry in entries}):
-        try:
-            read_clip(resolve_video(config.video_root, video), 2)
-        except VideoError as error:
-            failed[video] = str(error)
-            print(f"left out, cannot be read: {error}", file=sys.stderr)
-    return [entry for entry in entries if entry.video not in failed], failed
-
-
-def write(path: Path, text: str) -> None:
-    """Complete or absent, also when the run is killed here."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def planned_systems(config: EvaluateConfig, ordered: bool) -> list[System]:
-    """The rows that checkpoints answer for. ordered: the truth knows the order of events."""
-    folders = config.folders()
-    control = config.control or ("stage2" if "stage2" in folders else list(folders)[-1])
-    controls = ["blank", "swapped", *(["reversed"] if ordered else [])]
-    systems = [System(how, folders[control], control=how) for how in controls]
-    systems += [System(name, folder) for name, folder in folders.items()]
-    if config.num_samples:
-        systems += [System(f"{name} T={config.temperature:g}", folder, num_samples=config.num_samples)
-                    for name, folder in folders.items()]
-    return systems
-
-
-def answers_key(system: System, entries: list[Entry], config: EvaluateConfig) -> str:
-    """Changes with all that an answer depends on: weights, questions, clips, control, sampling."""
-    what = [checkpoint_hash(system.folder), system.control, system.num_samples, config.microscope_tokens,
-            config.copilot_tokens, [config.seed, config.temperature] if system.num_samples else "greedy", config.dtype,
-            config.video_root, config.eval_batch_size, [(e.id, e.question) for e in entries]]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-
-
-def ask_all(systems: list[System], entries: list[Entry], config: EvaluateConfig, file: Path) -> list[dict]:
-    """The answers of all systems; those that stand in `file` and would come out the same are kept. Each finished system
-    is on disk at once, so that a killed run goes on where it was."""
-    keys = {system.name: answers_key(system, entries, config) for system in systems}
+def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict[str, int], file: Path) -> list[dict]:
+    """The answers of all systems. Those in `file` that would come out the same are kept; each system is written when it
+    is finished, so a killed run can be repeated without losing it."""
+    keys = {system.name: answers_key(system, entries, config, limits) for system in systems}
     answers = defaultdict(list)
-    for row in read_predictions(file):
+    for row in read_jsonl(file):
         if keys.get(row["system"]) == row["key"]:
             answers[row["system"]].append(row)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, loaded = None, None
+    model = loaded = None
     for system in systems:
         if system.name in answers:
-            print(f"{system.name}: its answers stand in {file}")
+            print(f"{system.name}: kept its answers in {file}")
             continue
         if loaded != system.folder:
-            model = None  # two 4B models at once need not fit
-            model, loaded = DriveVLM.from_checkpoint(system.folder, dtype=config.dtype, device=device), system.folder
-        answers[system.name] = ask(model, system, keys[system.name], entries, config)
-        write_predictions(file, [row for name in keys if name in answers for row in answers[name]])
+            model = None  # frees the one before: two 4B models may not fit together
+            model = DriveVLM.from_checkpoint(system.folder, dtype=config.dtype, device=device,
+                                             vision_model=config.vision_model, language_model=config.language_model)
+            loaded = system.folder
+        answers[system.name] = ask(model, system, keys[system.name], entries, config, limits)
+        write_predictions(file, [row for name in keys for row in answers.get(name, ())])
     return [row for name in keys for row in answers[name]]
 
 
-def read_predictions(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def write_predictions(file: Path, rows: list[dict]) -> None:
-    write(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def known_truth(config: EvaluateConfig, train: list[Entry], entries: list[Entry]):
-    """-> (truth of the held-out clips, truth of the training clips, {held-out clip without evidence: reason})."""
+# ---- table and page --------------------------------------------------------------------------------------------------
+
+
+def cell(block: dict, key: str) -> str:
+    """`0.79 ±.05`, half of the interval's width after the sign; a dash where the number means nothing."""
+    metric = METRICS[key]
+    if metric.needs and not block[metric.needs]:
+        return "–"
+    low, high = block["interval"][key]
+    spread = f"{(high - low) / 2:.{metric.decimals}f}"
+    return f"{block[key]:.{metric.decimals}f} ±{spread.removeprefix('0') or spread}"
+
+
+def table_of_mode(metrics: dict, mode: str) -> list[list[str]]:
+    """One mode's table, its head first. The order of events has no column where no system has such a pair."""
+    systems = metrics["systems"]
+    has_order = any(block[mode]["order_pairs"] for block in systems.values())
+    keys = [key for key in METRICS if key != "order" or has_order]
+    rows = [[mode.capitalize(), *(METRICS[key].head for key in keys), "mode acc."]]
+    for name, block in systems.items():
+        rows.append([name, *(cell(block[mode], key) for key in keys), f"{block['mode_accuracy']:.2f}"])
+    return rows
+
+
+def table(metrics: dict) -> str:
+    """One Markdown table per mode, columns padded so that it also reads well in a terminal."""
+    lines = []
+    for mode in metrics["words_in_range"]:
+        rows = table_of_mode(metrics, mode)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, ["-" * width for width in widths])
+        for row in rows:
+            padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+            lines.append("| " + " | ".join(padded) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def marked(text: str, truth: Truth):
+    """The text as HTML, each mention coloured by what the truth says of it."""
+    spans = []
+    for mention in find_mentions(text):
+        kind = "negated" if mention.negated else truth.verdict(mention.object)
+        spans.append((mention.start, mention.end, kind, f"{mention.object}: {kind}"))
+    return highlight(text, spans)
+
+
+def report(metrics: dict, predictions: list[dict], truth: dict[str, Truth], strips: dict[str, list]) -> str:
+    """The page: the tables, then each clip with its frames and every system's answers, most invention first."""
+    answers, invented = defaultdict(dict), Counter()
+    for row in predictions:
+        if row["sample"] == 0 and row["system"] != "prior":
+            text = marked(row["text"], truth[row["video"]])
+            answers[row["video"]].setdefault(row["system"], {})[row["mode"]] = text
+        if row["system"] in metrics["checkpoints"]:
+            invented[row["video"]] += score_text(row["text"], truth[row["video"]], [0, 0])["invented"]
+    clips = []
+    for video in sorted(answers, key=lambda video: (-invented[video], video)):
+        clips.append({"video": video, "frames": strips[video], "answers": answers[video],
+                      "present": sorted(truth[video].present), "unknown": sorted(truth[video].unknown)})
+    return render("evaluation.html", metrics=metrics, clips=clips,
+                  tables=[table_of_mode(metrics, mode) for mode in metrics["words_in_range"]])
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def open_inputs(config: EvaluateConfig):
+    """(checkpoint folders by name, training entries, held-out entries, {clip: truth} of the truth file, or None).
+
+    Everything that is missing or wrong comes in one message, exit code 2.
+    """
+    problems, train, held_out, truth = [], [], [], None
+    folders = open_checkpoints(config, problems)
+    paths = {key: getattr(config, key) for key in ("data", "val_data", "video_root", "truth")}
+    absent = {key for key, path in paths.items() if path and not Path(path).exists()}
+    problems += [f"{key}: not found: {paths[key]}" for key in paths if key in absent]
+    for key in ("word_range", "eval_max_new_tokens"):
+        problems += [f"{key}: there is no mode {mode!r}; modes are {', '.join(MODE_TABLE)}"
+                     for mode in getattr(config, key) if mode not in MODE_TABLE]
+    if any((Path(config.output_dir) / name).exists() for name in ("train.log", "model")):
+        problems.append(f"output_dir: {config.output_dir} is a training run's folder; give another with --output_dir")
+    if not absent & {"data", "val_data"}:
+        try:
+            train, held_out = load_split(config)
+            found = {entry.mode for entry in held_out}
+            problems += [f"data: no {mode} entry among the held-out clips of {config.val_data or config.data} "
+                         f"(num_val_videos is {config.num_val_videos})" for mode in MODE_TABLE if mode not in found]
+        except DataError as error:
+            problems.append(f"data: {error}")
     if not config.truth:
-        truth, unseen = judged_truth(config, entries)
-        return truth, {}, dict.fromkeys(unseen, "the judge has no evidence")
-    truth = exact_truth(config.truth, sorted({entry.video for entry in entries}))
-    known = json.loads(Path(config.truth).read_text())
-    return truth, exact_truth(config.truth, sorted({e.video for e in train if e.video in known})), {}
+        problems += weights_problems(config.judge, "judge")
+    elif "truth" not in absent:
+        truth = exact_truth(config.truth, sorted({entry.video for entry in held_out}), problems)
+    if problems:
+        fail(problems)
+    return folders, train, held_out, truth
+
+
+def open_checkpoints(config: EvaluateConfig, problems: list[str]) -> dict[str, Path]:
+    """--checkpoint as {name: checkpoint folder}; what is wrong with it is added to `problems`."""
+    names, folders = [], {}
+    for text in config.checkpoint:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            problems.append(f"checkpoint: {text!r} is not NAME=FOLDER")
+        elif name in (*FIXED, *names):
+            problems.append(f"checkpoint: the name {name!r} is taken (also by the fixed rows {', '.join(FIXED)})")
+        else:
+            names.append(name)
+            try:
+                folders[name] = read_checkpoint(folder)[0]
+            except ModelError as error:
+                problems.append(f"checkpoint: {name}: {error}")
+    if not config.checkpoint:
+        problems.append("checkpoint: none given; use --checkpoint NAME=FOLDER [NAME=FOLDER ...]")
+    if config.control and config.control not in names:
+        problems.append(f"control: no checkpoint is called {config.control!r}")
+    return folders
+
+
+def read_clips(videos: list[str], video_root: str) -> tuple[dict[str, list], dict[str, str]]:
+    """({clip: its film strip}, {clip that cannot be read: reason}); such a clip is left out for every system."""
+    strips, failed = {}, {}
+    for video in videos:
+        try:
+            _, times, frames = sample_clip(resolve_video(video_root, video), FRAMES)
+        except VideoError as error:
+            failed[video] = str(error)
+            print(f"left out, cannot be read: {error}", file=sys.stderr)
+        else:
+            strips[video] = film_strip(frames, [f"{time:.0%} of the clip" for time in times])
+    return strips, failed
 
 
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
-    train, held_out = split_by_video(load_entries(config.data, config.default_mode), config.num_val_videos,
-                                     config.split_seed, config.video_root)
-    missing = [mode for mode in MODES if not any(entry.mode == mode for entry in held_out)]
-    if missing:
-        fail([f"data: no {mode} entry among the held-out clips of {config.data}" for mode in missing])
-    entries, failed = readable(held_out, config)
-    truth, train_truth, unseen = known_truth(config, train, entries)
-    failed |= unseen
+    folders, train, held_out, known_truth = open_inputs(config)
+    limits = {mode: config.eval_max_new_tokens.get(mode, row.max_new_tokens) for mode, row in MODE_TABLE.items()}
+    ranges = {mode: list(config.word_range.get(mode, row.word_range)) for mode, row in MODE_TABLE.items()}
+    strips, left_out = read_clips(sorted({entry.video for entry in held_out}), config.video_root)
+    entries = [entry for entry in held_out if entry.video in strips]
+    truth = judged_truth(config, entries) if known_truth is None else {video: known_truth[video] for video in strips}
+    left_out |= {video: "the judge has no evidence" for video in strips if video not in truth}
     entries = [entry for entry in entries if entry.video in truth]
-    num_clips = len({entry.video for entry in entries})
-    if num_clips < 2:
-        fail([f"{num_clips} held-out clips can be used; swapping pictures needs two (num_val_videos)"])
+    if len(truth) < 2:
+        fail([f"{len(truth)} held-out clips can be used; swapping clips needs two (num_val_videos)"])
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    prior, prior_f1 = constant_caption(train, train_truth)
+    prior, prior_f1 = constant_caption(train, known_truth or {})
     print(f'prior: every clip is answered with "{prior}" (micro-F1 on the training clips: {prior_f1:.2f})')
-    systems = planned_systems(config, any(t.order for t in truth.values()))
-    asked = ask_all(systems, entries, config, out / "predictions.jsonl")
-    predictions = [*fixed_predictions("prior", entries, lambda entry: prior), *asked,
-                   *fixed_predictions("reference", entries, lambda entry: entry.captions[0])]
+    systems = planned_systems(config, folders, any(clip.order for clip in truth.values()))
+    predictions = [prediction("prior", entry, prior) for entry in entries]
+    predictions += ask_all(systems, entries, config, limits, out / "predictions.jsonl")
+    predictions += [prediction("reference", entry, entry.captions[0]) for entry in entries]
     write_predictions(out / "predictions.jsonl", predictions)
 
-    ranges = {mode: getattr(config, f"{mode}_words") for mode in MODES}
-    by_system = defaultdict(list)
+    references, rows_of = {entry.id: entry.captions for entry in entries}, defaultdict(list)
     for row in predictions:
-        by_system[row["system"]].append(row)
+        rows_of[row["system"]].append(row)
     metrics = {
-        "systems": {name: score(rows, truth, ranges, config.seed) for name, rows in by_system.items()},
-        "checkpoints": {name: str(folder) for name, folder in config.folders().items()},
-        "clips": num_clips,
-        "left_out": failed,
+        "systems": {name: score(rows, truth, ranges, config.seed, references) for name, rows in rows_of.items()},
+        "checkpoints": dict(text.split("=", 1) for text in config.checkpoint),
+        "clips": len(truth), "left_out": left_out,
         "prior": {"caption": prior, "f1_micro_train": round(prior_f1, 4)},
         "truth": f"exact ({config.truth})" if config.truth else f"detector ({Path(config.judge.weights).name}, judge)",
         "words_in_range": ranges,
     }
-    write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    write(out / "table.md", table(metrics))
-    write(out / "report.html", report(metrics, predictions, truth, config.video_root))
+    write_json(out / "metrics.json", metrics, indent=1)
+    write_text(out / "table.md", table(metrics))
+    write_text(out / "report.html", report(metrics, predictions, truth, strips))
     print(f"\n{table(metrics)}\nclips and answers: {out / 'report.html'}")
     return metrics
 
 
 def main(argv: list[str] | None = None) -> int:
-    from train_stage3 import Stage3Config
-
-    evaluate(load_config(EvaluateConfig, argv, default_config="configs/stage3.yaml", description=__doc__,
-                         also=(Stage3Config,)))
+    evaluate(load_config(EvaluateConfig, argv, default_config="configs/stage3.yaml", description=__doc__))
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (DataError, DetectionError, ModelError, VideoError) as error:
-        sys.exit(f"evaluate: {error}")
+    run_main(main)

@@ -4,63 +4,55 @@
     python generate.py --checkpoint output/stage3 --video drive.mp4 --question "Is anybody crossing?" --json
 """
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
+from training.common import fail, load_config, run_main
+from training.config import GenerateConfig
+
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
+    load_config(GenerateConfig, description=__doc__)
+
 import torch
 
-from dataset import MODES, DataError, VideoError, read_frames
+from dataset import MODE_TABLE, read_frames
 from model import DriveVLM, ModelError, read_checkpoint
-from training import fail
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint or run folder of any stage")
-    parser.add_argument("--video", required=True, help="the clip")
-    parser.add_argument("--mode", choices=list(MODES), default="microscope", help="granularity [microscope]")
-    parser.add_argument("--question", help="your own words in the place of the mode's")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=640, help="longest answer [640]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
-    parser.add_argument("--seed", type=int, default=42, help="of a sampled answer [42]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, ended, tokens, seconds ..")
-    args = parser.parse_args(argv)
-
-    problems = [] if Path(args.video).is_file() else [f"--video: no such file: {args.video}"]
+    config = load_config(GenerateConfig, argv, description=__doc__)
+    problems = [] if Path(config.video).is_file() else [f"--video: no such file: {config.video}"]
     try:
-        read_checkpoint(args.checkpoint)
+        read_checkpoint(config.checkpoint)
     except ModelError as error:
         problems.append(f"--checkpoint: {error}")
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        problems.append("--max_new_tokens must be at least 1 and --temperature at least 0")
+    if config.mode not in MODE_TABLE:
+        problems.append(f"--mode: {config.mode!r} is none of {', '.join(MODE_TABLE)}")
     if problems:
         fail(problems)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DriveVLM.from_checkpoint(args.checkpoint, device=device)
-    question = args.question or MODES[args.mode]
-    begun = time.perf_counter()
-    frames = torch.from_numpy(read_frames(args.video, model.num_frames, model.image_size))[None]  # [1, T, S, S, 3]
-    answer = model.generate(frames, [question], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                            seed=args.seed)[0]
-    if args.json:
-        print(json.dumps({
-            "video": args.video, "mode": None if args.question else args.mode, "question": question,
-            "text": answer.text, "ended": answer.ended, "tokens": len(answer.ids),
-            "frames": model.num_frames, "seconds": round(time.perf_counter() - begun, 3),
-        }))
+    model = DriveVLM.from_checkpoint(config.checkpoint, device=device, vision_model=config.vision_model,
+                                     language_model=config.language_model)
+    question = config.question or MODE_TABLE[config.mode].question
+    limit = config.max_new_tokens or MODE_TABLE[config.mode].max_new_tokens
+    begin = time.perf_counter()
+    frames = read_frames(config.video, model.num_frames, model.image_size)
+    frames = torch.from_numpy(frames)[None]  # [1, T, S, S, 3]
+    answer = model.generate(frames, [question], max_new_tokens=limit, temperature=config.temperature,
+                            seed=config.seed)[0]
+    if config.json:
+        print(json.dumps({"video": config.video, "mode": None if config.question else config.mode, "question": question,
+                          "text": answer.text, "ended": answer.ended, "tokens": len(answer.ids),
+                          "frames": model.num_frames, "seconds": round(time.perf_counter() - begin, 3)}))
     else:
         print(answer.text)
         if not answer.ended:
-            print(f"(cut after {args.max_new_tokens} tokens)", file=sys.stderr)
+            print(f"(cut off after {limit} tokens)", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (DataError, ModelError, VideoError) as error:
-        sys.exit(f"generate: {error}")
+    run_main(main)

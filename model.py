@@ -1,19 +1,18 @@
-"""Drive-VLM: a frozen SigLIP-style tower, an MLP projector with 3x3 pooling, and a causal LM that reads the clip.
+"""Drive-VLM: a frozen SigLIP-style tower, an MLP projector with pooling, and a causal LM that reads the clip.
 
     frames [B,T,S,S,3] uint8 -> tower -> [B,T,729,Dv] + temporal embedding [T,Dv]
       -> 3x3 space-to-depth [B,T,81,9*Dv] -> Linear -> GELU -> Linear -> [B,T*81,D]
-      -> takes the place of the placeholder tokens in the prompt -> LM
+      -> replaces the placeholder tokens in the prompt -> LM
 
-Any `SiglipVisionModel` and any `AutoModelForCausalLM` with a chat template will do: sizes come from their configs.
+Any `SiglipVisionModel` and any `AutoModelForCausalLM` with a chat template works: sizes come from their configs.
 Precision: base weights have `dtype`; the projector, the temporal embedding and LoRA are float32 and run under autocast
 when `dtype` is bfloat16. They stay float32 where a stage freezes them, so that saving them again changes no bit.
 """
 
-import functools
 import hashlib
 import json
 import shutil
-import subprocess
+import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,15 +36,14 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from dataset import IGNORE_INDEX, MODES, chat_pieces, encode_prompt, placeholder_id
+from training.common import DriveVLMError, git_commit
 
-POOL = 3  # patches a side that become one visual token
-GROUPS = ("projector", "temporal", "lora", "vision", "llm")
-TRAINS = {1: ("projector", "temporal"), 2: ("projector", "lora"), 3: ("lora",)}  # stage -> trained groups
+GROUPS = ("projector", "temporal", "lora", "vision", "llm")  # groups of parameters that a stage trains or freezes
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FRAMES_PER_PASS = 64  # frames that go through the tower at once; bounds its memory
 
 
-class ModelError(ValueError):
+class ModelError(DriveVLMError, ValueError):
     """Base models, a checkpoint or inputs that do not fit; the message lists every problem found."""
 
 
@@ -58,8 +56,8 @@ class Answer:
     ended: bool
 
 
-def fail(title, problems):
-    """Raise one ModelError for a list of problems: in one line if there is one, else as a list."""
+def raise_problems(title, problems):
+    """Raise one ModelError for a list of problems, if there are any."""
     if len(problems) == 1:
         raise ModelError(f"{title}: {problems[0]}")
     if problems:
@@ -68,7 +66,7 @@ def fail(title, problems):
 
 @contextmanager
 def seeded(seed, device="cpu"):
-    """Random numbers from `seed` on the CPU and on `device`; the generators are as before afterwards."""
+    """Random numbers from `seed` on the CPU and on `device`; restores the generators afterwards."""
     cuda = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
@@ -152,39 +150,89 @@ def token_logps(hidden, head_weight, targets, *, temperature=1.0, banned=None, c
 
 
 class Projector(nn.Module):
-    """Patches [N, grid*grid, in_size] -> visual tokens [N, (grid/3)**2, out_size]: 3x3 space-to-depth, then an MLP."""
+    """Patches [N, grid*grid, in_size] -> visual tokens [N, (grid/pooling)**2, out_size].
 
-    def __init__(self, grid, in_size, out_size):
+    Space-to-depth concatenates each pooling x pooling cell of patches; an MLP maps that to the language model's size.
+    """
+
+    def __init__(self, grid, pooling, in_size, out_size):
         super().__init__()
-        self.cells = grid // POOL
-        self.fc1 = nn.Linear(POOL * POOL * in_size, out_size)
+        self.pooling, self.cells = pooling, grid // pooling
+        self.fc1 = nn.Linear(pooling * pooling * in_size, out_size)
         self.fc2 = nn.Linear(out_size, out_size)
 
     def forward(self, patches):
         n, _, d = patches.shape
-        x = patches.view(n, self.cells, POOL, self.cells, POOL, d).transpose(2, 3)  # [N, c, c, 3, 3, Dv]
-        x = x.reshape(n, self.cells**2, POOL * POOL * d)  # [N, c*c, 9*Dv]
+        p, c = self.pooling, self.cells
+        x = patches.view(n, c, p, c, p, d).transpose(2, 3)  # [N, c, c, p, p, Dv]
+        x = x.reshape(n, c * c, p * p * d)  # [N, c*c, p*p*Dv]
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
-def patch_grid(config):
-    """Patches a side of a vision config; ModelError, naming valid sizes, where 3x3 cells do not tile it."""
+class VisionTower(nn.Module):
+    """A fixed-resolution SigLIP tower; the only place that names SigLIP. Another tower needs the same members.
+
+    `load_config` and `load`; config.hidden_size, .image_size, .patch_size;
+    forward(frames uint8 [n, S, S, 3]) -> patches [n, grid*grid, hidden_size] in row-major order, without a CLS token.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    @staticmethod
+    def load_config(name, revision=None, local_files_only=False):
+        """The tower's config, without its unused pooling head; raises OSError or ModelError."""
+        options = {"revision": revision, "local_files_only": local_files_only}
+        raw, _ = PretrainedConfig.get_config_dict(name, **options)
+        if raw.get("model_type") not in ("siglip", "siglip_vision_model"):
+            raise ModelError(
+                f"its model_type is {raw.get('model_type')!r}, not a fixed-resolution SigLIP tower ('siglip' or "
+                "'siglip_vision_model', such as google/siglip2-so400m-patch14-384)"
+            )
+        config = SiglipVisionConfig.from_pretrained(name, **options)
+        config.vision_use_head = False
+        return config
+
+    @classmethod
+    def load(cls, name, config, dtype, revision=None):
+        """The tower with its weights in `dtype`; ModelError where they do not load or lack a tensor."""
+        return cls(_load_weights(SiglipVisionModel, name, config, dtype, revision))
+
+    def forward(self, frames):
+        dtype = next(self.model.parameters()).dtype
+        pixels = frames.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)  # [n, 3, S, S], SigLIP's mean and std are 0.5
+        return self.model(pixel_values=pixels.to(dtype)).last_hidden_state  # [n, grid*grid, Dv]
+
+
+def check_pooling(config, pooling):
+    """Patches per side of a vision config; ModelError, naming valid values, where `pooling` does not divide them."""
     grid = config.image_size // config.patch_size
-    if grid == 0 or grid % POOL:
-        near = [g for g in (grid - grid % POOL, grid - grid % POOL + POOL) if g > 0]
+    if grid == 0 or grid % pooling:
+        near = [g for g in (grid - grid % pooling, grid - grid % pooling + pooling) if g > 0]
         sizes = " or ".join(f"{g}x{g} (image_size {g * config.patch_size})" for g in near)
+        fits = ", ".join(str(p) for p in range(1, grid + 1) if grid % p == 0)
         raise ModelError(
             f"the tower's {grid}x{grid} patches (image {config.image_size} px, patch {config.patch_size} px) do not "
-            f"divide into {POOL}x{POOL} cells; valid grids nearby: {sizes}"
+            f"divide into {pooling}x{pooling} cells; valid grids nearby: {sizes}; valid pooling here: {fits or 'none'}"
         )
     return grid
 
 
-def projector_shapes(vision_config, hidden_size, num_frames):
+def tokens_per_frame(vision_model, pooling):
+    """(visual tokens per frame, image size) of a tower; None where its config.json is not on this machine."""
+    try:
+        config = VisionTower.load_config(vision_model, local_files_only=True)
+    except OSError:
+        return None
+    return (check_pooling(config, pooling) // pooling) ** 2, config.image_size
+
+
+def projector_shapes(vision_config, pooling, hidden_size, num_frames):
     """{tensor name in projector.safetensors: shape}."""
     d = vision_config.hidden_size
     return {
-        "projector.fc1.weight": [hidden_size, POOL * POOL * d],
+        "projector.fc1.weight": [hidden_size, pooling * pooling * d],
         "projector.fc1.bias": [hidden_size],
         "projector.fc2.weight": [hidden_size, hidden_size],
         "projector.fc2.bias": [hidden_size],
@@ -192,73 +240,56 @@ def projector_shapes(vision_config, hidden_size, num_frames):
     }
 
 
-@contextmanager
-def _quiet():
-    """No progress bars and no load reports: what matters of them is checked here and raised."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+# ----------------------------------------------------------------------------------------------------------------------
+# Base models
 
 
 def _first_line(error):
     return str(error).strip().splitlines()[0]
 
 
-def _load_problem(name, file, error):
-    """Why a base model's `file` does not load from `name` (a folder, or a name on the model hub), in one line."""
-    path = Path(name)
-    if path.is_dir():
-        return _first_line(error) if (path / file).is_file() else f"the folder has no {file}"
-    if path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).is_dir():
-        return "there is no such folder"
-    return f"no such folder here, and the model hub does not give it: {_first_line(error)}"
+def base_model_problem(key, name):
+    """What is wrong with a base model's folder or hub name, as far as the disk can tell; None if nothing is."""
+    folder = Path(name)
+    if folder.is_dir():
+        return None if (folder / "config.json").is_file() else f"{key}: {name} holds no config.json"
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1 or folder.parent.is_dir():
+        return f"{key}: no such folder: {name}"
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return f"{key}: {name} is not on this machine, and HF_HUB_OFFLINE is set, so it cannot be downloaded"
+    return None
 
 
-def _read_bases(vision_model, language_model, tokenizer_folder, vision_revision, language_revision):
+def _read_bases(vision_model, language_model, tokenizer_folder, pooling, vision_revision, language_revision):
     """(vision config, LM config, tokenizer) of the base models, no weights read; every problem in one ModelError."""
+    named = {"vision_model": vision_model, "language_model": language_model}
+    problems = [problem for key, name in named.items() if (problem := base_model_problem(key, name))]
     vision_config = llm_config = tokenizer = None
-    problems = []
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(vision_model, revision=vision_revision)
-        if raw.get("model_type") not in ("siglip", "siglip_vision_model"):
-            raise ModelError(
-                f"its model_type is {raw.get('model_type')!r}, not a fixed-resolution SigLIP tower ('siglip' or "
-                "'siglip_vision_model', such as google/siglip2-so400m-patch14-384)"
-            )
-        vision_config = SiglipVisionConfig.from_pretrained(vision_model, revision=vision_revision)
-        vision_config.vision_use_head = False  # the pooled vector is never read
-        patch_grid(vision_config)
-    except (OSError, ValueError) as error:
-        problems.append(f"vision_model {vision_model}: {_load_problem(vision_model, 'config.json', error)}")
-    try:
-        llm_config = AutoConfig.from_pretrained(language_model, revision=language_revision)
-    except (OSError, ValueError) as error:
-        problems.append(f"language_model {language_model}: {_load_problem(language_model, 'config.json', error)}")
-    if llm_config is not None or tokenizer_folder != language_model:
+    if not any(problem.startswith("vision_model") for problem in problems):
         try:
+            vision_config = VisionTower.load_config(vision_model, vision_revision)
+            check_pooling(vision_config, pooling)
+        except (OSError, ValueError) as error:
+            problems.append(f"vision_model: {vision_model}: {_first_line(error)}")
+    if not any(problem.startswith("language_model") for problem in problems):
+        try:
+            llm_config = AutoConfig.from_pretrained(language_model, revision=language_revision)
             revision = language_revision if tokenizer_folder == language_model else None
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, revision=revision)
-            chat_pieces(tokenizer)  # has it a usable chat template, and a token left for the video?
+            chat_pieces(tokenizer)  # raises if there is no usable chat template or no token for the video
         except (OSError, ValueError) as error:
-            why = _load_problem(tokenizer_folder, "tokenizer_config.json", error)
-            problems.append(f"tokenizer of {tokenizer_folder}: {why}")
-    fail("cannot load the base models", problems)
+            problems.append(f"language_model: {language_model}: {_first_line(error)}")
+    raise_problems("cannot load the base models", problems)
     return vision_config, llm_config, tokenizer
 
 
 def _load_weights(cls, name, config, dtype, revision):
     """`cls.from_pretrained` with every weight present, else ModelError: no tensor is left at a random value."""
+    hf_logging.set_verbosity_error()  # no load report: what matters of it is checked here
     try:
-        with _quiet():
-            model, info = cls.from_pretrained(
-                name, config=config, dtype=dtype, revision=revision, output_loading_info=True
-            )
+        model, info = cls.from_pretrained(name, config=config, dtype=dtype, revision=revision, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
     if info["missing_keys"]:
@@ -268,7 +299,7 @@ def _load_weights(cls, name, config, dtype, revision):
 
 
 def _without_dropout(config):
-    """Set every dropout of a base model's config to 0: frozen weights gain nothing from it, in train mode or not."""
+    """Set every dropout of a base model's config to 0: dropout has no use in frozen modules."""
     for key, value in config.to_dict().items():
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -279,7 +310,7 @@ def _without_dropout(config):
 def check_head(llm, name="the language model"):
     """Refuse a causal LM whose logits are not head(last hidden state): scaled or capped logits, a bias in the head.
 
-    Hidden states are blown up to logits of about 100 first, as a cap would not show on small ones.
+    Hidden states are scaled until logits reach about 100, because a soft cap is invisible on small logits.
     """
     head = llm.get_output_embeddings()
     if head is None:
@@ -287,13 +318,13 @@ def check_head(llm, name="the language model"):
     rows = head.weight[:4096].float()  # part of the vocabulary is enough
     seen = {}
 
-    def blow_up(module, args, output):
+    def scale_up(module, args, output):
         top = (output.last_hidden_state.float() @ rows.T).abs().max()
         output.last_hidden_state = output.last_hidden_state * (100.0 / top.clamp(min=1e-6)).item()
         seen["hidden"] = output.last_hidden_state
         return output
 
-    hook = llm.get_decoder().register_forward_hook(blow_up)
+    hook = llm.get_decoder().register_forward_hook(scale_up)
     try:
         ids = torch.arange(8, device=rows.device)[None] % len(rows)
         logits = llm(input_ids=ids, use_cache=False).logits  # [1, 8, V]
@@ -311,19 +342,8 @@ def check_head(llm, name="the language model"):
 # Checkpoint folders
 
 
-@functools.cache
-def git_commit():
-    """The commit of the code that runs, or None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # git is not installed
-        return None
-    return done.stdout.strip() or None
-
-
 def checkpoint_folder(folder):
-    """The checkpoint folder itself: `folder`, or `folder`/model where a run folder is given."""
+    """`folder`, or `folder`/model where a run folder is given."""
     folder = Path(folder)
     if not (folder / "drivevlm.json").is_file() and (folder / "model" / "drivevlm.json").is_file():
         return folder / "model"
@@ -347,10 +367,11 @@ def read_checkpoint(folder, expect_stage=None):
     if not folder.is_dir():
         raise ModelError(f"no checkpoint folder at {folder}")
     if not (folder / "drivevlm.json").is_file():
-        raise ModelError(f"{folder} is no checkpoint folder: it has no drivevlm.json (nor has {folder / 'model'})")
+        raise ModelError(f"{folder} is not a checkpoint folder: it has no drivevlm.json (nor has {folder / 'model'})")
     meta = _read_json(folder / "drivevlm.json")
     needed = ("stage", "vision_model", "language_model", "num_frames", "tokens_per_frame", "dtype", "placeholder")
     problems = [f"drivevlm.json lacks {key!r}" for key in needed if key not in meta]
+    meta.setdefault("pooling", 3)  # of checkpoints written before it was a key
     if expect_stage is not None and "stage" in meta and meta["stage"] != expect_stage:
         problems.append(f"it holds stage {meta['stage']}, but stage {expect_stage} is needed here")
     files = ["projector.safetensors", "tokenizer_config.json"]
@@ -361,7 +382,7 @@ def read_checkpoint(folder, expect_stage=None):
     if adapter.is_file():
         kind = _read_json(adapter).get("peft_type")
         problems += [] if kind == "LORA" else [f"adapter/adapter_config.json is of type {kind!r}, not 'LORA'"]
-    fail(f"checkpoint {folder}", problems)
+    raise_problems(f"checkpoint {folder}", problems)
     return folder, meta
 
 
@@ -406,21 +427,19 @@ def adapter_hash(source):
 class DriveVLM(nn.Module):
     """The whole model. Build it with `from_base` or `from_checkpoint`.
 
-    vision: SiglipVisionModel; llm: causal LM (a PeftModel after `add_lora`), both with their weights in `dtype`.
+    vision: VisionTower; llm: causal LM (a PeftModel after `add_lora`), both with their weights in `dtype`.
     base: {"vision_model": {"name", "revision"}, "language_model": {...}} as written to drivevlm.json.
     """
 
-    def __init__(self, vision, llm, tokenizer, *, num_frames, dtype, seed, base):
+    def __init__(self, vision, llm, tokenizer, *, num_frames, pooling, dtype, seed, base):
         super().__init__()
-        if dtype not in DTYPES:
-            raise ModelError(f"dtype is {dtype!r}; valid: {', '.join(DTYPES)}")
         if num_frames < 1:
             raise ModelError(f"num_frames is {num_frames}; at least 1")
         self.vision, self.llm, self.tokenizer, self.base = vision, llm, tokenizer, base
-        self.compute_dtype = DTYPES[dtype]
-        self.num_frames, self.image_size = num_frames, vision.config.image_size
-        grid = patch_grid(vision.config)
-        self.tokens_per_frame = (grid // POOL) ** 2
+        self.dtype = DTYPES[dtype]  # of the frozen weights, and of autocast
+        self.num_frames, self.image_size, self.pooling = num_frames, vision.config.image_size, pooling
+        grid = check_pooling(vision.config, pooling)
+        self.tokens_per_frame = (grid // pooling) ** 2
         self.num_visual_tokens = num_frames * self.tokens_per_frame
         embedding = llm.get_input_embeddings().weight  # [V, D]
         limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
@@ -428,7 +447,7 @@ class DriveVLM(nn.Module):
             raise ModelError(f"{num_frames} frames make {self.num_visual_tokens} visual tokens; the language model "
                              f"takes {limit} tokens in all: use fewer frames or a smaller image_size")
         with seeded(seed):
-            projector = Projector(grid, vision.config.hidden_size, embedding.shape[1])
+            projector = Projector(grid, pooling, vision.config.hidden_size, embedding.shape[1])
             temporal = torch.randn(num_frames, vision.config.hidden_size) * 0.02
         self.projector = projector.to(embedding.device)
         self.temporal = nn.Parameter(temporal.to(embedding.device))
@@ -437,36 +456,36 @@ class DriveVLM(nn.Module):
         pad = tokenizer.pad_token_id
         self.pad_token_id = self.end_ids[0] if pad is None else pad
         self.register_buffer("banned_ids", self._find_banned_ids().to(embedding.device), persistent=False)
-        # The published defaults (temperature, top_k, top_p) would fill what a call leaves open.
+        # Otherwise the published generation defaults (temperature, top_k, top_p) apply to any option we do not pass.
         llm.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=self.pad_token_id)
-        self.stage = 0  # the stage that these weights come from, or train in; 0: straight from the base models
+        self.stage = 0  # the stage that these weights come from; 0: straight from the base models
+        self.trained_groups = ()
         self.requires_grad_(False)
         self.eval()
 
     # ---- building
 
     @classmethod
-    def from_base(cls, vision_model, language_model, *, num_frames=16, dtype="bfloat16", seed=42, device="cpu",
-                  vision_revision=None, language_revision=None):
+    def from_base(cls, vision_model, language_model, *, num_frames=16, pooling=3, dtype="bfloat16", seed=42,
+                  device="cpu", vision_revision=None, language_revision=None):
         """A fresh model on base models (folder or hub name); projector and temporal embedding drawn from `seed`."""
-        return cls._build(vision_model, language_model, language_model, num_frames=num_frames, dtype=dtype, seed=seed,
-                          device=device, revisions=(vision_revision, language_revision))
+        return cls._build(vision_model, language_model, language_model, num_frames=num_frames, pooling=pooling,
+                          dtype=dtype, seed=seed, device=device, revisions=(vision_revision, language_revision))
 
     @classmethod
-    def _build(cls, vision_model, language_model, tokenizer_folder, *, num_frames, dtype, seed, device, revisions,
-               checkpoint=None):
+    def _build(cls, vision_model, language_model, tokenizer_folder, *, num_frames, pooling, dtype, seed, device,
+               revisions, checkpoint=None):
         vision_model, language_model = str(vision_model), str(language_model)
         if dtype not in DTYPES:
             raise ModelError(f"dtype is {dtype!r}; valid: {', '.join(DTYPES)}")
-        vision_config, llm_config, tokenizer = _read_bases(vision_model, language_model, str(tokenizer_folder),
+        vision_config, llm_config, tokenizer = _read_bases(vision_model, language_model, str(tokenizer_folder), pooling,
                                                            *revisions)
         if checkpoint is not None:  # before gigabytes are read
             hidden_size = llm_config.get_text_config().hidden_size
-            shapes = projector_shapes(vision_config, hidden_size, num_frames)
-            fail(f"checkpoint {checkpoint} does not fit {vision_model} and {language_model}",
+            shapes = projector_shapes(vision_config, pooling, hidden_size, num_frames)
+            raise_problems(f"checkpoint {checkpoint} does not fit {vision_model} and {language_model}",
                  _shape_problems(checkpoint / "projector.safetensors", shapes))
-        vision = _load_weights(SiglipVisionModel, vision_model, _without_dropout(vision_config), DTYPES[dtype],
-                               revisions[0])
+        vision = VisionTower.load(vision_model, _without_dropout(vision_config), DTYPES[dtype], revisions[0])
         llm = _load_weights(AutoModelForCausalLM, language_model, _without_dropout(llm_config), DTYPES[dtype],
                             revisions[1])
         vision, llm = vision.to(device).eval(), llm.to(device).eval()
@@ -475,7 +494,7 @@ class DriveVLM(nn.Module):
         for key, name, revision, config in (("vision_model", vision_model, revisions[0], vision_config),
                                             ("language_model", language_model, revisions[1], llm_config)):
             base[key] = {"name": name, "revision": getattr(config, "_commit_hash", None) or revision}
-        return cls(vision, llm, tokenizer, num_frames=num_frames, dtype=dtype, seed=seed, base=base)
+        return cls(vision, llm, tokenizer, num_frames=num_frames, pooling=pooling, dtype=dtype, seed=seed, base=base)
 
     @classmethod
     def from_checkpoint(cls, folder, *, dtype=None, device="cpu", expect_stage=None, vision_model=None,
@@ -483,39 +502,44 @@ class DriveVLM(nn.Module):
         """The model saved in a checkpoint folder (or in a run folder's model/), nothing trainable yet.
 
         dtype: None for the saved one. expect_stage: the stage it must hold. vision_model, language_model: where the
-        base models lie now, if not where they lay when it was saved. ModelError lists everything that does not fit.
+        base models are now, if not where they were when it was saved. ModelError lists everything that does not fit.
+        A checkpoint that was trained with other questions than MODES asks today says so on stderr.
         """
         folder, meta = read_checkpoint(folder, expect_stage)
-        moved = (vision_model, language_model)
         names, revisions = [], []
-        for override, key in zip(moved, ("vision_model", "language_model"), strict=True):
-            names.append(override or meta[key]["name"])
-            revisions.append(None if override else meta[key]["revision"])
-        model = cls._build(*names, folder, num_frames=meta["num_frames"], dtype=dtype or meta["dtype"], seed=0,
-                           device=device, revisions=revisions, checkpoint=folder)
+        for moved, key in ((vision_model, "vision_model"), (language_model, "language_model")):
+            same = moved is None or str(moved) == meta[key]["name"]
+            names.append(meta[key]["name"] if same else moved)
+            revisions.append(meta[key]["revision"] if same else None)
+        model = cls._build(*names, folder, num_frames=meta["num_frames"], pooling=meta["pooling"],
+                           dtype=dtype or meta["dtype"], seed=0, device=device, revisions=revisions, checkpoint=folder)
         problems = []
         if model.tokens_per_frame != meta["tokens_per_frame"]:
-            problems.append(f"it was trained with {meta['tokens_per_frame']} tokens a frame, the tower gives "
+            problems.append(f"it was trained with {meta['tokens_per_frame']} tokens per frame, the tower gives "
                             f"{model.tokens_per_frame}")
         placeholder = model.tokenizer.convert_ids_to_tokens(model.placeholder_id)
         if placeholder != meta["placeholder"]:
             problems.append(f"its placeholder is {meta['placeholder']}, the tokenizer beside it gives {placeholder}")
-        fail(f"checkpoint {folder}", problems)
+        raise_problems(f"checkpoint {folder}", problems)
         state = load_file(folder / "projector.safetensors", device=str(model.device))
         model.load_state_dict(state, strict=False)
         if (folder / "adapter").is_dir():
             model._load_adapter(folder / "adapter")
         model.stage = meta["stage"]
+        for mode, question in meta.get("prompts", {}).items():
+            if MODES.get(mode, question) != question:
+                print(f"note: {folder} was trained to answer {question!r} ({mode}); it is now asked {MODES[mode]!r}",
+                      file=sys.stderr, flush=True)
         return model
 
     def _load_adapter(self, folder):
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = False
-        config.base_model_name_or_path = None  # PEFT writes the present one, and would warn that it changed
+        config.base_model_name_or_path = None  # PEFT fills in the current path; an old one would only cause a warning
         self._wrap_lora(config, seed=0)
         expected = {name: tensor.shape for name, tensor in self.adapter_state().items()}
         problems = _shape_problems(folder / "adapter_model.safetensors", expected)
-        fail(f"{folder} does not fit {self.base['language_model']['name']}", problems)
+        raise_problems(f"{folder} does not fit {self.base['language_model']['name']}", problems)
         set_peft_model_state_dict(self.llm, load_file(folder / "adapter_model.safetensors", device=str(self.device)))
 
     def add_lora(self, r, alpha, dropout, seed):
@@ -580,10 +604,6 @@ class DriveVLM(nn.Module):
     def device(self):
         return self.temporal.device
 
-    @property
-    def dtype(self):
-        return self.compute_dtype
-
     def adapter_state(self, adapter="default"):
         """{name: tensor} of an adapter, named as in adapter_model.safetensors; ModelError without one."""
         if not isinstance(self.llm, PeftModel):
@@ -597,83 +617,79 @@ class DriveVLM(nn.Module):
     # ---- what trains
 
     @staticmethod
-    def _group(name):
+    def parameter_group(name):
+        """The member of GROUPS that a parameter belongs to, by its name."""
         head = name.split(".", 1)[0]
         return "lora" if head == "llm" and ".lora_" in name else head
 
-    def set_trainable(self, stage):
-        """Train the groups of `stage` and freeze the rest; returns {group: trained parameters} (see check_trainable).
+    def set_trainable(self, *groups):
+        """Train these groups (members of GROUPS) and freeze the rest; returns {group: number of trained parameters}.
 
-        Stage 3 also sets LoRA's dropout to 0: sampled and scored probabilities must be of one model.
+        ModelError for an unknown group, for "lora" without an adapter, and for trained weights that are not float32.
         """
-        if stage not in TRAINS:
-            raise ModelError(f"stage is {stage!r}; valid: 1, 2, 3")
-        if "lora" in TRAINS[stage] and not isinstance(self.llm, PeftModel):
-            raise ModelError(f"stage {stage} trains an adapter, but the model has none: call add_lora first")
-        if stage == 1 and isinstance(self.llm, PeftModel):
-            raise ModelError("stage 1 trains no adapter, but the model has one")
-        for name, parameter in self.named_parameters():
-            group = self._group(name)
-            trains = group in TRAINS[stage] and (group != "lora" or ".default." in name)
-            parameter.requires_grad_(trains)
-        if stage == 3:
-            self.llm.peft_config["default"].lora_dropout = 0.0
-            for name, module in self.llm.named_modules():
-                if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
-                    module.p = 0.0
-        self.stage = stage
+        unknown = [group for group in groups if group not in GROUPS]
+        if unknown:
+            raise ModelError(f"there is no group {', '.join(map(repr, unknown))}; valid: {', '.join(GROUPS)}")
+        if "lora" in groups and not isinstance(self.llm, PeftModel):
+            raise ModelError("lora is to be trained, but the model has no adapter: call add_lora first")
+        self.requires_grad_(False)
+        for name, parameter in self._own_parameters():
+            parameter.requires_grad_(self.parameter_group(name) in groups)
+        self.trained_groups = groups
         self.train()
         return self.check_trainable()
 
+    def _own_parameters(self):
+        """(name, parameter) of all but frozen copies of the adapter, such as stage 3's reference policy."""
+        return [(name, parameter) for name, parameter in self.named_parameters()
+                if ".lora_" not in name or ".default." in name]
+
     def check_trainable(self):
-        """{group: parameters that train}; ModelError if they are not the stage's, by group and by count."""
-        counts, wrong_dtype = dict.fromkeys(GROUPS, 0), []
+        """{group: number of trained parameters}; ModelError if they are not all those of the trained groups."""
+        counts, sizes, wrong_dtype = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0), []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                counts[self._group(name)] += parameter.numel()
+                counts[self.parameter_group(name)] += parameter.numel()
                 if parameter.dtype != torch.float32:
                     wrong_dtype.append(name)
-        expected = dict.fromkeys(GROUPS, 0)
-        for group in TRAINS.get(self.stage, ()):
-            expected[group] = self._expected_count(group)
+        for name, parameter in self._own_parameters():
+            sizes[self.parameter_group(name)] += parameter.numel()
+        expected = {group: sizes[group] if group in self.trained_groups else 0 for group in GROUPS}
         problems = [f"{group}: {counts[group]:,} parameters train, expected {expected[group]:,}"
                     for group in GROUPS if counts[group] != expected[group]]
+        problems += [f"{group}: to be trained, but it has no parameters"
+                     for group in self.trained_groups if not sizes[group]]
         if wrong_dtype:
             problems.append(f"{len(wrong_dtype)} trained tensors are not float32, such as {wrong_dtype[0]}")
-        fail(f"what trains is not what stage {self.stage} trains", problems)
+        raise_problems(f"what trains is not {', '.join(self.trained_groups) or 'nothing'}", problems)
         return counts
 
-    def _expected_count(self, group):
-        if group == "lora":
-            r = self.llm.peft_config["default"].r
-            return sum(r * (layer.in_features + layer.out_features) for layer in self._block_linears().values())
-        shapes = projector_shapes(self.vision.config, self.head_weight.shape[1], self.num_frames)
-        return sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.split(".")[0] == group)
+    def set_lora_dropout(self, p):
+        """Dropout of all adapters, loaded copies included, for this model and in its next checkpoint."""
+        for config in self.llm.peft_config.values():
+            config.lora_dropout = p
+        for name, module in self.llm.named_modules():
+            if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
+                module.p = p
 
     def trainable_table(self):
         """The table of parameters by group, as text: total, trained, number type."""
         total, trained = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
         dtypes = {group: set() for group in GROUPS}
-        for name, parameter in self.named_parameters():
-            group = self._group(name)
-            if group == "lora" and ".default." not in name:
-                continue  # a frozen reference copy
+        for name, parameter in self._own_parameters():
+            group = self.parameter_group(name)
             total[group] += parameter.numel()
             trained[group] += parameter.numel() if parameter.requires_grad else 0
             dtypes[group].add(str(parameter.dtype).removeprefix("torch."))
-        lines = [f"{'stage ' + str(self.stage):<10} {'parameters':>15} {'trained':>15}  type"]
+        lines = [f"{'group':<10} {'parameters':>15} {'trained':>15}  type"]
         for group in GROUPS:
             shown = f"{trained[group]:,}" if trained[group] else "-"
             lines.append(f"{group:<10} {total[group]:>15,} {shown:>15}  {', '.join(sorted(dtypes[group]))}")
         lines.append(f"{'all':<10} {sum(total.values()):>15,} {sum(trained.values()):>15,}")
         return "\n".join(lines)
 
-    def print_trainable(self):
-        """Print `trainable_table`."""
-        print(self.trainable_table(), flush=True)
-
     def train(self, mode=True):
-        """The tower stays in eval mode. The LM, which has no dropout, checkpoints activations in train mode only."""
+        """Train mode, but for the tower. (The LM has no dropout; it checkpoints activations in train mode only.)"""
         super().train(mode)
         self.vision.eval()
         return self
@@ -690,7 +706,7 @@ class DriveVLM(nn.Module):
 
     @contextmanager
     def decoding(self):
-        """Eval mode and no activation checkpointing, which would lose the KV cache; all as it was afterwards."""
+        """Eval mode without activation checkpointing, which would lose the KV cache; restores both afterwards."""
         llm, training = self.causal_lm, self.training
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in llm.modules())
         if checkpointing:
@@ -712,22 +728,19 @@ class DriveVLM(nn.Module):
             raise ModelError(f"frames are {frames.dtype} {list(frames.shape)}, need torch.uint8 [B, "
                              + ", ".join(map(str, shape)) + "]")
         b, t = frames.shape[:2]
-        device = self.device
         # The tower runs in its own dtype, not under autocast; where that is float32, its convolution is without TF32.
         exact = self.dtype == torch.float32
         precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if exact else nullcontext()
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), precision:
-            parts = []
-            for part in frames.flatten(0, 1).split(FRAMES_PER_PASS):
-                pixels = part.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)  # [n, 3, S, S] in -1..1
-                parts.append(self.vision(pixel_values=pixels.to(self.dtype)).last_hidden_state)
-            patches = torch.cat(parts)  # [B*T, P, Dv]
+        with torch.set_grad_enabled("vision" in self.trained_groups and torch.is_grad_enabled()), precision:
+            with torch.autocast(self.device.type, enabled=False):
+                parts = frames.flatten(0, 1).split(FRAMES_PER_PASS)
+                patches = torch.cat([self.vision(part.to(self.device)) for part in parts])  # [B*T, P, Dv]
         with self.autocast():
             patches = patches.view(b, t, *patches.shape[1:]) + self.temporal[:, None]  # [B, T, P, Dv]
             return self.projector(patches.flatten(0, 1)).view(b, self.num_visual_tokens, -1)
 
     def embed(self, input_ids, visual):
-        """Embeddings [B, L, D] of input_ids [B, L] with visual [B, N, D] in the places of the placeholder tokens."""
+        """Embeddings [B, L, D] of input_ids [B, L], with visual [B, N, D] instead of the placeholder tokens'."""
         places = input_ids == self.placeholder_id  # [B, L]
         counts = places.sum(1).tolist()
         if len(visual) != len(input_ids) or set(counts) != {visual.shape[1]}:
@@ -786,11 +799,11 @@ class DriveVLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, frames, questions, *, max_new_tokens, temperature=0.0, num_samples=1, seed=None, visual=None):
-        """Answer each question on its clip: `num_samples` answers in a row for each, as one list.
+        """Answer each question about its clip -> list of Answer, `num_samples` in a row per question.
 
         frames uint8 [B, T, S, S, 3], or visual [B, N, D] from `encode_video` (frames is then not read). temperature 0
-        is greedy. With a seed the answers are the same at every call with the same batch; the global generator is not
-        touched then.
+        is greedy. With a seed, answers are the same at every call with the same batch, and the global generator is
+        left alone. ModelError for numbers that make no sense.
         """
         if max_new_tokens < 1 or num_samples < 1 or temperature < 0:
             raise ModelError(f"max_new_tokens ({max_new_tokens}) and num_samples ({num_samples}) must be at least 1, "
@@ -799,7 +812,7 @@ class DriveVLM(nn.Module):
             raise ModelError(f"{num_samples} samples need a temperature above 0: greedy answers are all the same")
         rows = len(frames) if visual is None else len(visual)
         if rows != len(questions) or rows == 0:
-            raise ModelError(f"{rows} clips but {len(questions)} questions: one question a clip, at least one")
+            raise ModelError(f"{rows} clips but {len(questions)} questions: one question per clip, at least one")
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, num_return_sequences=num_samples, eos_token_id=self.end_ids,
@@ -824,15 +837,16 @@ class DriveVLM(nn.Module):
     # ---- saving
 
     def save_checkpoint(self, folder, *, stage=None):
-        """Write a checkpoint folder, complete or not at all; one that stands there is replaced. Returns its path."""
+        """Write a checkpoint folder, complete or not at all; an older one is replaced. Returns its path."""
         folder = Path(folder)
-        stage = self.stage if stage is None else stage
+        if stage is None:  # the weights' own; straight from base models: stage 2 with an adapter, else stage 1
+            stage = self.stage or (2 if isinstance(self.llm, PeftModel) else 1)
         temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-                 if self._group(name) in ("projector", "temporal")}
+                 if self.parameter_group(name) in ("projector", "temporal")}
         save_file(state, temporary / "projector.safetensors")
         if isinstance(self.llm, PeftModel):
             self.llm.save_pretrained(temporary / "adapter", selected_adapters=["default"], save_embedding_layers=False)
@@ -857,6 +871,7 @@ class DriveVLM(nn.Module):
             **self.base,
             "num_frames": self.num_frames,
             "image_size": self.image_size,
+            "pooling": self.pooling,
             "tokens_per_frame": self.tokens_per_frame,
             "num_visual_tokens": self.num_visual_tokens,
             "placeholder": self.tokenizer.convert_ids_to_tokens(self.placeholder_id),

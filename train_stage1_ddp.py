@@ -2,78 +2,133 @@
 tokens; SigLIP2 and Qwen3 stay frozen.
 
     python train_stage1_ddp.py                                                       # one GPU, configs/stage1.yaml
-    torchrun --nproc_per_node 4 train_stage1_ddp.py --gradient_accumulation_steps 1  # four GPUs, also 16 clips a step
+    torchrun --nproc_per_node 4 train_stage1_ddp.py --gradient_accumulation_steps 1  # four GPUs, also 16 clips per step
     python train_stage1_ddp.py --config configs/demo/stage1.yaml                     # toy world on a CPU, a minute
 
-Any key of the YAML is a flag (--help lists them). A stopped run goes on with --resume auto.
+Any key of the YAML is a flag (--help lists them). Continue an interrupted run with --resume auto.
 """
 
-import sys
-from dataclasses import dataclass
+import time
 
-from training import Run, TrainConfig, check_inputs, checkpoint_step, find_resume, load_config, opt
+from training.common import fail, load_config, run_main
+from training.config import Stage1Config
 
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
+    load_config(Stage1Config, default_config="configs/stage1.yaml", description=__doc__)
 
-@dataclass
-class Stage1Config(TrainConfig):
-    """Stage 1"""
+import torch
 
-    output_dir: str = opt("output/stage1", "run folder: everything that this run writes")
-    epochs: int = opt(40, "passes over the training entries")
-    learning_rate: float = opt(1e-3, "peak learning rate of the projector and the temporal embeddings")
-    per_device_batch_size: int = opt(4, "clips in one forward pass of one process")
-    gradient_accumulation_steps: int = opt(4, "forward passes per optimizer step")
+from model import DriveVLM, ModelError
+from training import loop
+from training.run_folder import RunFolder
 
 
 def main(argv=None):
     config = load_config(Stage1Config, argv, default_config="configs/stage1.yaml", description=__doc__)
-    entries = check_inputs(config, stage=1)
-    with Run(config.output_dir) as run:
-        train(config, entries, run)
+    train_entries, held_out = loop.load_inputs(config, stage=1)
+    with RunFolder(config.output_dir) as run:
+        checkpoint = run.find_resume(config)
+        if run.finished:
+            run.print(f"{run.model_folder} already exists: stage 1 is complete")
+        else:
+            train(config, train_entries, held_out, run, checkpoint)
 
 
-def train(config, entries, run):
-    checkpoint = find_resume(run, config.resume, config)
-    if run.finished:
-        run.say(f"{run.model_folder} is there already: stage 1 is complete")
-        return
-
-    # ---- set-up: torch and transformers take seconds to import, so only now
-    from model import DriveVLM, ModelError
-    from trainer import StageTrainer, make_dataset, plan, start_process
-    from training import fail
-
-    device = start_process()
-    train_entries, val_entries, sampler = plan(config, entries)
-    run.start(config, step=checkpoint_step(checkpoint) if checkpoint else 0)
-    run.say(f"stage 1 in {run.folder} on {device} | entries: {len(train_entries)} to train on, "
-            f"{len(val_entries)} held out")
-
-    # ---- model
+def build_model(config, checkpoint, device):
+    """Base models with a fresh projector, or a checkpoint of this stage."""
     bases = {"vision_model": config.vision_model, "language_model": config.language_model}
     try:
         if checkpoint:
-            model = DriveVLM.from_checkpoint(checkpoint / "model", expect_stage=1, dtype=config.dtype, device=device,
-                                             **bases)
-        else:
-            model = DriveVLM.from_base(**bases, num_frames=config.num_frames, dtype=config.dtype, seed=config.seed,
-                                       device=device)
+            return DriveVLM.from_checkpoint(checkpoint / "model", expect_stage=1, dtype=config.dtype, device=device,
+                                            **bases)
+        return DriveVLM.from_base(**bases, num_frames=config.num_frames, pooling=config.pooling, dtype=config.dtype,
+                                  seed=config.seed, device=device)
     except ModelError as error:
         fail([str(error)])
-    model.set_trainable(1)
-    run.say(model.trainable_table())
 
-    # ---- data
-    train_set = make_dataset(config, model, train_entries, train=True)
-    val_set = make_dataset(config, model, val_entries, train=False)
 
-    # ---- train, and save the result to model/
-    rates = {"projector": config.learning_rate, "temporal": config.learning_rate}
-    trainer = StageTrainer(model=model, config=config, run=run, stage=1, learning_rates=rates, train_set=train_set,
-                           val_set=val_set, sampler=sampler, device=device)
-    trainer.fit(checkpoint)
-    run.say(f"done: {run.model_folder} | next: python train_stage2.py --init_from {run.folder}")
+def train(config, train_entries, held_out, run, checkpoint):
+    # ---- set-up
+    total_steps = loop.count_steps(config, len(train_entries))
+    accelerator = loop.start_accelerator()
+    run.start(config, checkpoint)
+    run.print(f"stage 1 in {run.folder} on {accelerator.device} | entries: {len(train_entries)} to train on, "
+              f"{len(held_out)} held out")
+
+    # ---- model
+    model = build_model(config, checkpoint, accelerator.device)
+    model.set_trainable("projector", "temporal")
+    model.activation_checkpointing(config.activation_checkpointing)
+    run.print(model.trainable_table())
+
+    # ---- data and optimizer
+    train_set = loop.make_dataset(config, model, train_entries, train=True)
+    held_out_set = loop.make_dataset(config, model, held_out, train=False)
+    failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*train_entries, *held_out]}))
+    learning_rates = {"projector": config.learning_rate, "temporal": config.learning_rate}  # peaks
+    optimizer = loop.make_optimizer(model, learning_rates, config.weight_decay)
+    first_step, _ = loop.restore(checkpoint, optimizer, failed_clips, accelerator.device)
+    sampler = loop.StepSampler(config, len(train_set), first_step, total_steps)
+    batches = iter(loop.make_loader(config, model, train_set, sampler))
+
+    # ---- the loop: step 0 only evaluates, which gives the baseline before training
+    began = time.perf_counter()
+    for step in range(first_step, total_steps + 1):
+        if step > first_step:
+            factor = loop.learning_rate_factor(config, step - 1, total_steps)
+            loop.set_learning_rates(optimizer, learning_rates, factor)
+            values = train_step(config, accelerator, model, optimizer, batches, step, failed_clips)
+            values["learning_rate"] = factor * config.learning_rate
+            values["seconds_left"] = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
+            loop.log_step(run, step, total_steps, values)
+        elif checkpoint:
+            continue  # the checkpoint's own step was evaluated before it was saved
+        last = step == total_steps
+        if held_out and (last or step % config.eval_every == 0):
+            losses = loop.evaluate_loss(config, accelerator, model, held_out_set, failed_clips)
+            loop.log_losses(run, step, losses)
+            run.draw_curves(loop.PANELS)
+        if held_out and run.main and (last or step % config.sample_every == 0):
+            loop.show_answers(config, run, model, step, held_out, loop.frames_reader(config, model))
+        if step > first_step and (last or step % config.save_every == 0):
+            loop.save_checkpoint(config, run, accelerator, model, optimizer, step, 1, failed_clips)
+
+    # ---- the result
+    run.draw_curves(loop.PANELS)
+    if run.main:
+        model.save_checkpoint(run.model_folder, stage=1)
+    accelerator.end_training()
+    run.print(f"done: {run.model_folder} | next: python train_stage2.py --init_from {run.folder}")
+
+
+def train_step(config, accelerator, model, optimizer, batches, step, failed_clips):
+    """One optimizer step on `gradient_accumulation_steps` micro-batches; returns numbers for the log."""
+    start = time.perf_counter()
+    loop.seed_dropout(config.seed, step, accelerator.process_index)
+    micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+    waited = time.perf_counter() - start
+    ids = [name for batch in micro_batches for name in batch["ids"]]
+    # Every label token of the step weighs the same, in whatever micro-batch and rank it is: losses are sums, divided by
+    # the label tokens of the whole step over all ranks.
+    num_labels, num_tokens = loop.count_tokens(accelerator, micro_batches, failed_clips)
+    loss = 0.0
+    for batch in micro_batches:
+        share = model(**batch, num_items_in_batch=num_labels)["loss"]
+        loop.require_finite(share.item(), "loss", step, batch["ids"])
+        share.backward()
+        loss += share.item()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loop.require_gradients(model)
+    loss = loop.sum_gradients(accelerator, trained, loss)
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
+    loop.require_finite(grad_norm, "gradient norm", step, ids)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - start
+    return {"loss": loss, "grad_norm": grad_norm, "step_seconds": seconds, "tokens_per_second": num_tokens / seconds,
+            "data_wait": waited / seconds, "memory_gb": loop.memory_gb(accelerator.device),
+            "failed_clips": len(failed_clips.reasons)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

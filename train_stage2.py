@@ -2,88 +2,135 @@
 or Copilot; SigLIP2, the temporal embeddings and Qwen3's own weights stay frozen.
 
     python train_stage2.py --init_from output/stage1                             # one GPU, configs/stage2.yaml
-    torchrun --nproc_per_node 4 train_stage2.py --gradient_accumulation_steps 4  # four GPUs, also 32 clips a step
+    torchrun --nproc_per_node 4 train_stage2.py --gradient_accumulation_steps 4  # four GPUs, also 32 clips per step
     python train_stage2.py --config configs/demo/stage2.yaml                     # toy world on a CPU, two minutes
 
-Any key of the YAML is a flag (--help lists them). A stopped run goes on with --resume auto.
+Any key of the YAML is a flag (--help lists them). Continue an interrupted run with --resume auto.
 """
 
-import sys
-from dataclasses import dataclass
+import time
 
-from training import Run, TrainConfig, check_inputs, checkpoint_step, find_resume, load_config, opt
+from training.common import fail, load_config, run_main
+from training.config import Stage2Config
 
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
+    load_config(Stage2Config, default_config="configs/stage2.yaml", description=__doc__)
 
-@dataclass
-class Stage2Config(TrainConfig):
-    """Stage 2"""
+import torch
 
-    output_dir: str = opt("output/stage2", "run folder: everything that this run writes")
-    init_from: str | None = opt("output/stage1", "stage 1's run folder")
-    epochs: int = opt(20, "passes over the training entries")
-    learning_rate: float = opt(5e-5, "peak learning rate of the LoRA adapters")
-    projector_learning_rate: float = opt(5e-5, "peak learning rate of the projector")
-    lora_r: int = opt(32, "LoRA: rank of the adapters on every linear layer of the language model's blocks")
-    lora_alpha: int = opt(64, "LoRA: the update is scaled by alpha / r")
-    lora_dropout: float = opt(0.05, "LoRA: dropout on the adapters' input")
-    per_device_batch_size: int = opt(2, "clips in one forward pass of one process")
-    gradient_accumulation_steps: int = opt(16, "forward passes per optimizer step")
-
-    def problems(self):
-        found = [f"{key} must be above 0, got {getattr(self, key)}"
-                 for key in ("projector_learning_rate", "lora_r", "lora_alpha") if not getattr(self, key) > 0]
-        if not 0 <= self.lora_dropout < 1:
-            found.append(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        return super().problems() + found
+from dataset import MODES
+from model import DriveVLM, ModelError
+from training import loop
+from training.run_folder import RunFolder
 
 
 def main(argv=None):
     config = load_config(Stage2Config, argv, default_config="configs/stage2.yaml", description=__doc__)
-    entries = check_inputs(config, stage=2, modes=("microscope", "copilot"))
-    with Run(config.output_dir) as run:
-        train(config, entries, run)
+    train_entries, held_out = loop.load_inputs(config, stage=2, modes=MODES)
+    with RunFolder(config.output_dir) as run:
+        checkpoint = run.find_resume(config)
+        if run.finished:
+            run.print(f"{run.model_folder} already exists: stage 2 is complete")
+        else:
+            train(config, train_entries, held_out, run, checkpoint)
 
 
-def train(config, entries, run):
-    checkpoint = find_resume(run, config.resume, config)
-    if run.finished:
-        run.say(f"{run.model_folder} is there already: stage 2 is complete")
-        return
-
-    # ---- set-up: torch and transformers take seconds to import, so only now
-    from model import DriveVLM, ModelError
-    from trainer import StageTrainer, make_dataset, plan, start_process
-    from training import fail
-
-    device = start_process()
-    train_entries, val_entries, sampler = plan(config, entries)
-    run.start(config, step=checkpoint_step(checkpoint) if checkpoint else 0)
-    run.say(f"stage 2 in {run.folder} on {device} | entries: {len(train_entries)} to train on, "
-            f"{len(val_entries)} held out")
-
-    # ---- model: stage 1's, with a fresh adapter
-    bases = {"vision_model": config.vision_model, "language_model": config.language_model}
+def build_model(config, checkpoint, device):
+    """Stage 1's model with a fresh adapter, or a checkpoint of this stage."""
+    folder, stage = (checkpoint / "model", 2) if checkpoint else (config.init_from, 1)
     try:
-        folder, stage = (checkpoint / "model", 2) if checkpoint else (config.init_from, 1)
-        model = DriveVLM.from_checkpoint(folder, expect_stage=stage, dtype=config.dtype, device=device, **bases)
+        model = DriveVLM.from_checkpoint(folder, expect_stage=stage, dtype=config.dtype, device=device,
+                                         vision_model=config.vision_model, language_model=config.language_model)
         if not checkpoint:
             model.add_lora(config.lora_r, config.lora_alpha, config.lora_dropout, config.seed)
+        return model
     except ModelError as error:
         fail([str(error)])
-    model.set_trainable(2)
-    run.say(model.trainable_table())
 
-    # ---- data
-    train_set = make_dataset(config, model, train_entries, train=True)
-    val_set = make_dataset(config, model, val_entries, train=False)
 
-    # ---- train, and save the result to model/
-    rates = {"lora": config.learning_rate, "projector": config.projector_learning_rate}
-    trainer = StageTrainer(model=model, config=config, run=run, stage=2, learning_rates=rates, train_set=train_set,
-                           val_set=val_set, sampler=sampler, device=device)
-    trainer.fit(checkpoint)
-    run.say(f"done: {run.model_folder} | next: python train_stage3.py --init_from {run.folder}")
+def train(config, train_entries, held_out, run, checkpoint):
+    # ---- set-up
+    total_steps = loop.count_steps(config, len(train_entries))
+    accelerator = loop.start_accelerator()
+    run.start(config, checkpoint)
+    run.print(f"stage 2 in {run.folder} on {accelerator.device} | entries: {len(train_entries)} to train on, "
+              f"{len(held_out)} held out")
+
+    # ---- model
+    model = build_model(config, checkpoint, accelerator.device)
+    model.set_trainable("lora", "projector")
+    model.activation_checkpointing(config.activation_checkpointing)
+    run.print(model.trainable_table())
+
+    # ---- data and optimizer
+    train_set = loop.make_dataset(config, model, train_entries, train=True)
+    held_out_set = loop.make_dataset(config, model, held_out, train=False)
+    failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*train_entries, *held_out]}))
+    learning_rates = {"lora": config.learning_rate, "projector": config.projector_learning_rate}  # peaks
+    optimizer = loop.make_optimizer(model, learning_rates, config.weight_decay)
+    first_step, _ = loop.restore(checkpoint, optimizer, failed_clips, accelerator.device)
+    sampler = loop.StepSampler(config, len(train_set), first_step, total_steps)
+    batches = iter(loop.make_loader(config, model, train_set, sampler))
+
+    # ---- the loop: step 0 only evaluates, which gives the baseline before training
+    began = time.perf_counter()
+    for step in range(first_step, total_steps + 1):
+        if step > first_step:
+            factor = loop.learning_rate_factor(config, step - 1, total_steps)
+            loop.set_learning_rates(optimizer, learning_rates, factor)
+            values = train_step(config, accelerator, model, optimizer, batches, step, failed_clips)
+            values["learning_rate"] = factor * config.learning_rate
+            values["learning_rate_projector"] = factor * config.projector_learning_rate
+            values["seconds_left"] = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
+            loop.log_step(run, step, total_steps, values)
+        elif checkpoint:
+            continue  # the checkpoint's own step was evaluated before it was saved
+        last = step == total_steps
+        if held_out and (last or step % config.eval_every == 0):
+            losses = loop.evaluate_loss(config, accelerator, model, held_out_set, failed_clips)
+            loop.log_losses(run, step, losses)
+            run.draw_curves(loop.PANELS)
+        if held_out and run.main and (last or step % config.sample_every == 0):
+            loop.show_answers(config, run, model, step, held_out, loop.frames_reader(config, model))
+        if step > first_step and (last or step % config.save_every == 0):
+            loop.save_checkpoint(config, run, accelerator, model, optimizer, step, 2, failed_clips)
+
+    # ---- the result
+    run.draw_curves(loop.PANELS)
+    if run.main:
+        model.save_checkpoint(run.model_folder, stage=2)
+    accelerator.end_training()
+    run.print(f"done: {run.model_folder} | next: python train_stage3.py --init_from {run.folder}")
+
+
+def train_step(config, accelerator, model, optimizer, batches, step, failed_clips):
+    """One optimizer step on `gradient_accumulation_steps` micro-batches; returns numbers for the log."""
+    start = time.perf_counter()
+    loop.seed_dropout(config.seed, step, accelerator.process_index)
+    micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+    waited = time.perf_counter() - start
+    ids = [name for batch in micro_batches for name in batch["ids"]]
+    # Every label token of the step weighs the same, in whatever micro-batch and rank it is: losses are sums, divided by
+    # the label tokens of the whole step over all ranks.
+    num_labels, num_tokens = loop.count_tokens(accelerator, micro_batches, failed_clips)
+    loss = 0.0
+    for batch in micro_batches:
+        share = model(**batch, num_items_in_batch=num_labels)["loss"]
+        loop.require_finite(share.item(), "loss", step, batch["ids"])
+        share.backward()
+        loss += share.item()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loop.require_gradients(model)
+    loss = loop.sum_gradients(accelerator, trained, loss)
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
+    loop.require_finite(grad_norm, "gradient norm", step, ids)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - start
+    return {"loss": loss, "grad_norm": grad_norm, "step_seconds": seconds, "tokens_per_second": num_tokens / seconds,
+            "data_wait": waited / seconds, "memory_gb": loop.memory_gb(accelerator.device),
+            "failed_clips": len(failed_clips.reasons)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -1,182 +1,237 @@
 """Stage 3, physics-aware GRPO: LoRA adapters learn to say what a detector confirms; all else stays frozen.
 
     python train_stage3.py --init_from output/stage2       # one GPU, the real models: configs/stage3.yaml
-    torchrun --nproc_per_node 4 train_stage3.py --gradient_accumulation_steps 1    # four GPUs, same 4 prompts a step
+    torchrun --nproc_per_node 4 train_stage3.py --gradient_accumulation_steps 1    # four GPUs, same 4 prompts per step
     python train_stage3.py --config configs/demo/stage3.yaml                       # toy world, CPU, three minutes
 
-A step: some prompts of both modes, `num_generations` answers to each, a reward for every answer from the detector's
-evidence about its clip, and one update that makes answers better than their group's mean likelier. What each clip
-shows is read from `evidence_cache`; where clips are not there yet, the detector runs first, as
+One step: take some prompts of all modes, sample `num_generations` answers to each, score every answer with a reward
+that checks it against the detector's evidence, and make one update that raises the probability of answers better than
+their group's mean. Evidence is read from `evidence_cache`; the detector first runs on clips that are not there yet, as
 `python -m stage3.detect_objects` would. Any key of the YAML is a flag (--help lists them). docs/metrics.md explains
-every number that is logged. A stopped run goes on with --resume auto.
+every number that is logged. Continue an interrupted run with --resume auto.
 """
 
+import functools
+import json
+import math
 import sys
-import typing
-from dataclasses import dataclass
-from datetime import timedelta
+import time
 
-from dataset import MODES, split_by_video
-from stage3.detect_objects import (
-    DetectConfig,
-    DetectionError,
-    DetectorSettings,
-    check_settings,
-    detect_clips,
-    find_cache,
-    load_evidence,
+from training.common import TrainingError, fail, load_config, run_main
+from training.config import Stage3Config
+
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
+    load_config(Stage3Config, default_config="configs/stage3.yaml", description=__doc__)
+
+import torch
+from accelerate.utils import gather_object
+
+from dataset import MODES
+from model import DriveVLM, ModelError
+from stage3.detect_objects import DetectionError, detect_clips, frames_problems, load_evidence, weights_problems
+from stage3.grpo import SUMS, check_shared_prefix, load_reference, policy_logps, reference_policy, training_pass
+from stage3.report import write_report
+from stage3.rollout import (
+    RolloutSampler,
+    VisualTokens,
+    answer_limits,
+    compute_advantages,
+    curve_panels,
+    describe,
+    gather_records,
+    load_reward,
+    log_step,
 )
-from training import Run, TrainConfig, check_inputs, checkpoint_step, fail, find_resume, load_config, opt
-
-
-@dataclass
-class Stage3Config(TrainConfig):
-    """Training"""
-
-    output_dir: str = opt("output/stage3", "run folder: everything that this run writes")
-    init_from: str | None = opt("output/stage2", "stage 2's run folder; its adapter is also the reference for the KL")
-    epochs: int = opt(2, "passes over the prompts")
-    learning_rate: float = opt(1e-5, "peak learning rate of the LoRA adapters")
-    warmup: float = opt(0.05, "share of the steps over which the learning rate rises from 0")
-    per_device_batch_size: int = opt(1, "prompts in one training pass of one process")
-    gradient_accumulation_steps: int = opt(4, "training passes per optimizer step; all its prompts are sampled at once")
-    eval_batch_size: int = opt(4, "held-out prompts that are answered at once")
-
-    modes: list[str] = opt(list(MODES), "modes of the prompts, dealt out in turn; name one twice to weigh it")
-    num_generations: int = opt(8, "answers sampled for each prompt: its group")
-    max_new_tokens_microscope: int = opt(512, "a Microscope answer is cut off after so many tokens")
-    max_new_tokens_copilot: int = opt(96, "a Copilot answer is cut off after so many tokens")
-    temperature: float = opt(1.0, "of sampling, and of all log-probs")
-
-    loss_type: typing.Literal["grpo", "bnpo", "dr_grpo", "dapo"] = opt("dapo", "how tokens are averaged")
-    beta: float = opt(0.02, "weight of the KL to stage 2's adapter; 0 = no reference")
-    kl: typing.Literal["k3", "k2"] = opt("k3", "estimator of that KL")
-    epsilon: float = opt(0.2, "the probability ratio is clipped at 1 - epsilon ..")
-    epsilon_high: float = opt(0.28, ".. and at 1 + epsilon_high")
-    inner_epochs: int = opt(1, "updates made with one batch of answers")
-    advantage_scale: typing.Literal["group", "batch", "none"] = opt("group", "std that advantages are divided by")
-    std_floor: float = opt(0.05, "lowest std to divide by: near-equal rewards must not shout")
-    mask_truncated: bool = opt(True, "answers that were cut off teach nothing (they still count in their group's mean)")
-    shared_prefix: bool = opt(True, "keep a prompt once for its whole group; false for models with other attention")
-
-    detector: DetectorSettings = opt(DetectorSettings, "detector whose evidence pays the reward")
-    evidence_cache: str = opt("output/evidence", "folder of the detector's boxes, one JSON a clip")
-    max_kl: float | None = opt(1.0, "stop when a step's mean KL per token passes this; none = never")
-    max_dead_steps: int | None = opt(20, "stop after so many steps in a row in which no group differs; none = never")
-
-    def problems(self):
-        positive = ("eval_batch_size", "max_new_tokens_microscope", "max_new_tokens_copilot", "temperature",
-                    "inner_epochs")
-        found = [f"{key} must be above 0, got {getattr(self, key)}" for key in positive if not getattr(self, key) > 0]
-        found += [f"{key} must not be below 0, got {getattr(self, key)}"
-                  for key in ("beta", "epsilon", "epsilon_high", "std_floor") if getattr(self, key) < 0]
-        if self.num_generations < 2:
-            found.append(f"num_generations must be 2 at least (answers are compared), got {self.num_generations}")
-        if not self.modes or set(self.modes) - set(MODES):
-            found.append(f"modes must be of {', '.join(MODES)}, got {', '.join(self.modes) or 'none'}")
-        settings = check_settings(self.detector, "detector", self.num_frames)
-        if has_evidence(self):  # then the weights need not be on this machine
-            settings = [problem for problem in settings if not problem.startswith("detector.weights")]
-        return super().problems() + found + settings
-
-
-def has_evidence(config) -> bool:
-    try:
-        find_cache(config.evidence_cache, config.detector)
-    except DetectionError:
-        return False
-    return True
+from training import loop
+from training.run_folder import RunFolder
 
 
 def main(argv=None):
-    from evaluate import EvaluateConfig  # its keys may stand in the same file
+    config = load_config(Stage3Config, argv, default_config="configs/stage3.yaml", description=__doc__)
+    unknown = sorted(set(config.modes) - set(MODES))
+    problems = [f"modes must be of {', '.join(MODES)}, got {', '.join(config.modes)}"] if unknown else []
+    reward, problem = load_reward(config) if not unknown else (None, None)
+    problems += frames_problems(config.detector, "detector", config.num_frames) + ([problem] if problem else [])
+    train_entries, held_out = loop.load_inputs(config, stage=3, modes=config.modes, problems=problems)
+    with RunFolder(config.output_dir) as run:
+        checkpoint = run.find_resume(config)
+        if run.finished:
+            run.print(f"{run.model_folder} already exists: stage 3 is complete")
+        else:
+            train(config, reward, train_entries, held_out, run, checkpoint)
 
-    config = load_config(Stage3Config, argv, default_config="configs/stage3.yaml", description=__doc__,
-                         also=(DetectConfig, EvaluateConfig))
-    entries = check_inputs(config, stage=3, modes=sorted(set(config.modes)))
-    with Run(config.output_dir) as run:
-        train(config, entries, run)
 
-
-def load_run_config(folder):
-    """The resolved config of a run folder."""
-    return load_config(Stage3Config, ["--config", f"{folder}/config.yaml"])
-
-
-def train(config, entries, run):
-    checkpoint = find_resume(run, config.resume, config)
-    if run.finished:
-        run.say(f"{run.model_folder} is there already: stage 3 is complete")
-        return
-    first = checkpoint_step(checkpoint) if checkpoint else 0
-
-    # ---- set-up: transformers takes seconds to import, so only now
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    from model import DriveVLM, ModelError
-    from stage3.grpo import check_shared_prefix, load_reference
-    from stage3.loop import GroupTrainer
-    from stage3.report import write_report
-    from trainer import start_process
-
-    device = start_process()
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the detector may run for long on another rank
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patient])
-    train_entries, held_out = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
-    run.start(config, step=first)
-    run.say(f"stage 3 in {run.folder} on {device} | {len(train_entries)} entries to train on, {len(held_out)} held out")
+def train(config, reward, train_entries, held_out, run, checkpoint):
+    # ---- set-up; the detector may run for hours on another rank, hence the timeout
+    accelerator = loop.start_accelerator(timeout_hours=12)
+    run.start(config, checkpoint)
 
     # ---- data: prompts of the training split whose clips have evidence
-    evidence = get_evidence(config, entries, run, accelerator)
+    held_out = sorted(held_out, key=lambda entry: entry.mode)  # batches of similar lengths
+    evidence = get_evidence(config, [*train_entries, *held_out], run, accelerator)
     prompts = [entry for entry in train_entries if evidence[entry.video] and entry.mode in config.modes]
+    run.print(f"stage 3 in {run.folder} on {accelerator.device} | {len(prompts)} prompts, {len(held_out)} held out")
     if missing := set(config.modes) - {entry.mode for entry in prompts}:
         fail([f"no clip of the training split has evidence and a prompt of mode {' or '.join(sorted(missing))}"])
-    blind = sum(e is None for e in evidence.values())
-    run.say(f"{len(prompts)} prompts have evidence; {blind} of {len(evidence)} clips have none and pay nothing")
 
-    # ---- model: stage 2's, its adapter once to train and once, frozen, as the reference
+    # ---- model and optimizer
+    model, reference_hash = build_model(config, checkpoint, accelerator.device)
+    model.set_trainable("lora")
+    model.activation_checkpointing(config.activation_checkpointing)
+    run.print(model.trainable_table())
+    failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*prompts, *held_out]}))
+    optimizer = loop.make_optimizer(model, {"lora": config.learning_rate})
+    first_step, state = loop.restore(checkpoint, optimizer, failed_clips, accelerator.device)
+    visual_tokens = VisualTokens(model, run.folder / "visual_tokens", config.video_root, config.frame_cache)
+    sampler = RolloutSampler(config, accelerator, model, visual_tokens, evidence, reward, failed_clips)
+    total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
+    run.print(f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers")
+    save = functools.partial(
+        loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3, failed_clips=failed_clips,
+        init_from=str(config.init_from), reference_sha256=reference_hash)
+
+    # ---- the loop: step 0 only evaluates, which gives the baseline before training
+    dead_steps, began = state.get("dead_steps", 0), time.perf_counter()
+    for step in range(first_step, total_steps + 1):
+        if step > first_step:
+            loop.set_learning_rates(optimizer, {"lora": config.learning_rate},
+                                    loop.learning_rate_factor(config, step - 1, total_steps))
+            values, records, live, problem = train_step(config, accelerator, model, optimizer, sampler, prompts, step)
+            values["seconds_left"] = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
+            log_step(run, step, total_steps, values)
+            run.log_rollouts(records)
+            dead_steps = 0 if live else dead_steps + 1
+            if problem or config.max_dead_steps is not None and dead_steps >= config.max_dead_steps:
+                stop(run, save, step, values["updates"] or not live, dead_steps, problem)
+        elif checkpoint:
+            continue  # the checkpoint's own step was evaluated before it was saved
+        last = step == total_steps
+        if held_out and (last or step % config.eval_every == 0):
+            loop.log_losses(run, step, sampler.evaluate(held_out))
+        if held_out and run.main and (last or step % config.sample_every == 0):
+            loop.show_answers(config, run, model, step, held_out, visual_tokens)
+        if step > first_step and (last or step % config.save_every == 0):
+            save(step, dead_steps=dead_steps)
+            run.draw_curves(curve_panels(config))
+
+    # ---- the result
+    if run.main:
+        model.save_checkpoint(run.model_folder, stage=3)
+        run.print(f"report: {write_report(run.folder, config)}")
+    accelerator.end_training()
+    run.print(f"done: {run.model_folder} | next: python evaluate.py --checkpoint stage2={config.init_from} "
+              f"stage3={run.folder}")
+
+
+def get_evidence(config, entries, run, accelerator):
+    """{video: Evidence, or None where detection failed} of all clips, running the detector on clips that are new."""
     try:
-        folder, stage = (checkpoint / "model", 3) if checkpoint else (config.init_from, 2)
+        evidence = load_evidence(config.evidence_cache, entries, config.detector)
+    except DetectionError as error:
+        run.print(f"evidence: {error}\nevidence: running {config.detector.weights} first")
+        if problems := weights_problems(config.detector, "detector"):
+            fail(problems)
+        videos = sorted({entry.video for entry in entries})
+        failed = detect_clips(videos, config.video_root, config.detector, config.evidence_cache,
+                              rank=accelerator.process_index, world_size=accelerator.num_processes)
+        for video, reason in failed.items():
+            print(f"no evidence: {video}: {reason}", file=sys.stderr)
+        accelerator.wait_for_everyone()
+        evidence = load_evidence(config.evidence_cache, entries, config.detector)
+    without = sum(value is None for value in evidence.values())
+    run.print(f"evidence: {without} of {len(evidence)} clips have none and are not used")
+    return evidence
+
+
+def build_model(config, checkpoint, device):
+    """(model, hash of the reference policy): stage 2's model, or a checkpoint of this stage, and beside its adapter
+    the frozen copy of stage 2's that the KL is measured against."""
+    folder, stage = (checkpoint / "model", 3) if checkpoint else (config.init_from, 2)
+    try:
         model = DriveVLM.from_checkpoint(folder, expect_stage=stage, dtype=config.dtype, device=device,
                                          vision_model=config.vision_model, language_model=config.language_model)
-        reference = load_reference(model, config.init_from)
+        reference_hash = load_reference(model, config.init_from)
         if config.shared_prefix:
             check_shared_prefix(model.causal_lm)
     except ModelError as error:
         fail([str(error)])
-    model.activation_checkpointing(config.activation_checkpointing)
-    run.say(model.trainable_table())
-
-    # ---- train, and save the result to model/
-    trainer = GroupTrainer(config=config, run=run, accelerator=accelerator, model=model, reference_hash=reference,
-                           evidence=evidence, prompts=prompts, held_out=held_out)
-    trainer.fit(checkpoint)
-    if run.main:
-        model.save_checkpoint(run.model_folder, stage=3)
-        run.say(f"report: {write_report(run.folder, config)}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    run.say(f"done: {run.model_folder} | next: python evaluate.py --checkpoint stage2={config.init_from} "
-            f"stage3={run.folder}")
+    if checkpoint:
+        state = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+        if state["reference_sha256"] != reference_hash:
+            fail([f"init_from: {checkpoint} was trained against the adapter of {state['init_from']} "
+                  f"(sha256 {state['reference_sha256'][:12]}), {config.init_from} holds another "
+                  f"({reference_hash[:12]}): the KL would be measured against another policy"])
+    model.set_lora_dropout(0.0)  # sampling and scoring must use the same probabilities
+    return model, reference_hash
 
 
-def get_evidence(config, entries, run, accelerator):
-    """{video: Evidence, or None where detection failed} for all clips, running the detector where clips are new."""
-    try:
-        return load_evidence(config.evidence_cache, entries, config.detector)
-    except DetectionError as error:
-        run.say(f"evidence: {error}\nevidence: running {config.detector.weights} first")
-    videos = sorted({entry.video for entry in entries})
-    failed = detect_clips(videos, config.video_root, config.detector, config.evidence_cache,
-                          rank=accelerator.process_index, world_size=accelerator.num_processes)
-    for video, reason in failed.items():
-        print(f"no evidence: {video}: {reason}", file=sys.stderr)
-    accelerator.wait_for_everyone()
-    return load_evidence(config.evidence_cache, entries, config.detector)
+def train_step(config, accelerator, model, optimizer, sampler, prompts, step):
+    """Sample, score, update. Returns (numbers for the log, records of all ranks, number of groups with something to
+    learn from, None or why the run must stop)."""
+    start = time.perf_counter()
+    rollouts = sampler.roll_out(prompts, step)  # this rank's prompts, G scored answers each
+    records = gather_records(rollouts)
+    totals = compute_advantages(config, rollouts, records, sampler.prompts_per_rank)  # over the prompts of all ranks
+    sampled = time.perf_counter()
+    live = [rollout for rollout in rollouts if rollout.advantages is not None]
+    stats, problem = update(config, accelerator, model, optimizer, live, totals)
+    now = time.perf_counter()
+    values = {**describe(config, records, totals), **stats, "learning_rate": optimizer.param_groups[0]["lr"],
+              "rollout_seconds": sampled - start, "update_seconds": now - sampled,
+              "tokens_per_second": sum(record["tokens"] for record in records) / (now - start),
+              "memory_gb": loop.memory_gb(accelerator.device), "failed_clips": len(sampler.failed_clips.reasons)}
+    return values, records, totals.live_groups, problem
+
+
+def update(config, accelerator, model, optimizer, rollouts, totals):
+    """`inner_epochs` updates on this rank's live rollouts of the step.
+
+    Returns (numbers for the log, None or why the run must stop); it stops before the update that would go wrong.
+    """
+    stats, sums = {"updates": 0}, dict.fromkeys(SUMS, 0.0)
+    if not totals.live_groups:  # of all ranks; a rank with no usable groups of its own contributes zero gradients
+        return stats, None
+    size = config.per_device_batch_size
+    passes = [rollouts[start:start + size] for start in range(0, len(rollouts), size)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ref_logps, old_logps = [None] * len(passes), [None] * len(passes)
+    if config.beta > 0:
+        with torch.no_grad(), reference_policy(model):
+            ref_logps = [policy_logps(config, model, batch)[0] for batch in passes]
+    for _ in range(config.inner_epochs):
+        optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for i, batch in enumerate(passes):
+            loss, old_logps[i] = training_pass(config, model, batch, answer_limits(config), old_logps[i], ref_logps[i],
+                                               totals, sums)
+            losses.append(loss)
+        stats["loss"] = loop.sum_gradients(accelerator, trained, sum(losses))
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
+        counted, *others = loop.sum_over_ranks(accelerator, [sums[key] for key in SUMS])
+        stats |= {key: value / counted for key, value in zip(SUMS[1:], others, strict=True)}
+        if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
+            bad = [batch for batch, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
+            names = gather_object([rollout.entry.id for batch in bad or passes for rollout in batch])
+            return stats, f"loss {stats['loss']}, gradient norm {stats['grad_norm']}, on {', '.join(names)}"
+        if config.max_kl is not None and stats["kl"] > config.max_kl:
+            return stats, (f"the KL to stage 2 is {stats['kl']:.3g} nats per token, above max_kl {config.max_kl:g}: "
+                           "the policy has drifted too far (try a lower learning_rate or a higher beta)")
+        optimizer.step()
+        stats["updates"] += 1
+    return stats, None
+
+
+def stop(run, save, step, weights_are_of_this_step, dead_steps, problem):
+    """Save the last sound weights and end the run with the reason."""
+    problem = problem or (
+        f"for {dead_steps} consecutive steps no group's rewards differed, so there is nothing to learn from (are all "
+        "answers the same? see rollouts.jsonl and the entropy; a higher temperature helps)")
+    last = step if weights_are_of_this_step else step - 1
+    save(last, dead_steps=0)  # a run that continues from here gets as many steps again
+    folder = run.checkpoints / f"step-{last:06d}"
+    raise TrainingError(f"step {step}: {problem}\nthe weights before that are in {folder}; --resume with this path and "
+                        "another --output_dir continues from there with other settings")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DetectionError as error:
-        sys.exit(f"train_stage3: {error}")
+    run_main(main)

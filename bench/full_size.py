@@ -1,12 +1,12 @@
-"""Do the real configurations fit one 24 GB card, and how fast is a step? The full architecture with random weights.
+"""Do stages 1 and 2 fit a 24 GB card, and how fast is a step? The full architecture with random weights.
 
     python bench/full_size.py --tokenizer DIR --work DIR [--memory_gb 24] [--steps 4]
 
-Writes a SigLIP2-SO400M tower and a Qwen3-4B of random numbers, in the real file formats, into --work (9 GB; kept for
-the next time), makes 96 entries over 48 clips, and runs the stages' own scripts on configs/stage1.yaml and
-configs/stage2.yaml for a few steps, in a process that may take no more than --memory_gb of the GPU. Random weights
-take the time and memory of trained ones; the losses mean nothing. --tokenizer: a Qwen3 tokenizer's folder.
-Prints one table and writes one JSON.
+Writes a SigLIP2-SO400M tower and a Qwen3-4B with random weights, in the real file formats, to --work (9 GB; kept for
+later runs), makes 48 clips with 96 entries, and runs the stages' own scripts on configs/stage1.yaml and
+configs/stage2.yaml for a few steps, each in a process that may use at most --memory_gb of the GPU. Random weights take
+as much time and memory as trained ones; the losses mean nothing. --tokenizer: folder of a Qwen3 tokenizer.
+Prints one table and writes one JSON file.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def make_bases(work: Path, tokenizer: Path, device: str):
 
 
 def make_data(work: Path, num_clips: int = 48):
-    """Clips' frames go straight into uint8 noise videos; what they show does not matter here."""
+    """Clips of random noise, as what they show does not matter here, and their captions."""
     import cv2
     import numpy as np
 
@@ -63,7 +63,7 @@ def make_data(work: Path, num_clips: int = 48):
 
 
 def run_stage(stage: int, args, work: Path) -> dict:
-    """The stage's script in a process whose GPU memory is capped; returns the means over its steps but the first."""
+    """The stage's script in a process whose GPU memory is capped; returns means over its steps, without the first."""
     script = {1: "train_stage1_ddp", 2: "train_stage2"}[stage]
     out = work / f"stage{stage}"
     shutil.rmtree(out, ignore_errors=True)
@@ -85,9 +85,11 @@ def run_stage(stage: int, args, work: Path) -> dict:
     subprocess.run([sys.executable, "-c", cap, str(args.memory_gb), *map(str, flags)], check=True, env=environment)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "tokens_per_second" in row][1:]
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("tokens_per_second", "data_wait")}
+    speed = sum(row["tokens_per_second"] for row in rows) / len(rows)
+    waiting = sum(row["data_wait"] for row in rows) / len(rows)
     config = {1: "4 clips x 4", 2: "2 clips x 16"}[stage]
-    return {"stage": stage, "step": config, **mean, "memory_gb": max(row["memory_gb"] for row in rows),
+    peak = max(row["memory_gb"] for row in rows)
+    return {"stage": stage, "step": config, "tokens_per_second": speed, "data_wait": waiting, "memory_gb": peak,
             "seconds_in_all": time.time() - start}
 
 
@@ -95,9 +97,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a Qwen3 tokenizer")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, clips and runs (20 GB free)")
-    parser.add_argument("--memory_gb", type=float, default=24.0, help="GPU memory that the stages may take, in GiB")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a stage; the first is not counted")
-    parser.add_argument("--json", type=Path, default=Path("output/bench/full_size.json"), help="where the numbers go")
+    parser.add_argument("--memory_gb", type=float, default=24.0, help="GPU memory that a stage may use, in GiB")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per stage; the first is not counted")
+    parser.add_argument("--json", type=Path, default=Path("output/bench/full_size.json"), help="JSON file to write")
     args = parser.parse_args(argv)
     import torch
 
@@ -110,8 +112,8 @@ def main(argv=None):
     if not (args.work / "captions.json").is_file():
         make_data(args.work)
     results = [run_stage(stage, args, args.work) for stage in (1, 2)]
-    print(f"\n{name}, capped at {args.memory_gb:.0f} GiB, torch {torch.__version__}, {args.steps} steps a stage\n")
-    print("| stage | clips a step | tokens/s | waiting for data | peak GB |\n| --- | --- | --- | --- | --- |")
+    print(f"\n{name}, capped at {args.memory_gb:.0f} GiB, torch {torch.__version__}, {args.steps} steps per stage\n")
+    print("| stage | clips per step | tokens/s | waiting for data | peak GB |\n| --- | --- | --- | --- | --- |")
     for r in results:
         print(f"| {r['stage']} | {r['step']} | {r['tokens_per_second']:,.0f} | {r['data_wait']:.0%} "
               f"| {r['memory_gb']:.1f} |")

@@ -1,19 +1,19 @@
-"""A GRPO step on one prompt: the shared prefix of stage3/grpo.py against the plain way, on the same weights.
+"""A GRPO step on one prompt: the shared prefix of stage3/grpo.py compared with a plain implementation, same weights.
 
-    python -m bench.grpo_step                          CPU, float32: Qwen3 of hidden 512, 8 layers; about 20 minutes
-    python -m bench.grpo_step --no-growth              the one comparison alone: about 3 minutes
+    python -m bench.grpo_step                          CPU, float32, Qwen3 with 8 layers of size 512; about 20 minutes
+    python -m bench.grpo_step --no-growth              only the first comparison; about 3 minutes
     python -m bench.grpo_step --device cuda --dtype bfloat16 --hidden 2560 --layers 36 --heads 32 --kv_heads 8 \\
         --intermediate 9728 --vocab 151936 --tokens 256 --plain_rows 1
 
-The plain way is what most public trainers for vision-language models do in part: one generation a completion with its
-own prefill, the prompt and the video repeated in every row, logits of the whole vocabulary at every position, a second
-copy of the model as reference. Both arms sample with the same seeds and must say the same; both are scored on the same
-completions, and losses and gradients must agree. No completion ends early, so that both do the same work. Visual
-tokens are given to both: that ours come from a cache, once a clip, is not counted.
+The plain implementation does what public trainers for vision-language models commonly do, at least in part: one
+generation with its own prefill per completion, prompt and video in every row, logits of the whole vocabulary at every
+position, a second copy of the model as the reference. Both arms sample with the same seeds and must give the same
+completions; both are scored on these, and losses and gradients must agree. No completion ends early, so both do the
+same work. Both are given the visual tokens, so the time that our cache of visual tokens saves is not counted.
 
 Phases: rollout (prefill and decode), scoring (log-probs of the reference), training (log-probs of the policy, loss,
-backward). Memory is the highest use during a phase above that before it; the weights that lie there all the time
-(of the plain way two copies) are told apart. Prints tables and writes one JSON.
+backward). Memory is the peak during a phase minus the use before it; the plain implementation's second copy of the
+weights is reported separately. Prints tables and writes one JSON file.
 """
 
 import argparse
@@ -32,16 +32,18 @@ import transformers
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from dataset import MODES, encode_prompt
-from model import DTYPES, DriveVLM
-from stage3.grpo import Group, completion_logps, grpo_loss, load_reference, reference, sample_groups, stable_seed
+from model import DTYPES, DriveVLM, VisionTower
+from stage3.grpo import Group, completion_logps, grpo_loss, load_reference, reference_policy
+from stage3.rollout import sample_groups
+from training.common import stable_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("rollout", "scoring", "training")
 
 
 def build(args, prompt_tokens):
-    """A DriveVLM of random weights whose prompt has `prompt_tokens` tokens, one visual token a frame; the policy has
-    moved away from the reference."""
+    """A DriveVLM with random weights whose prompt has `prompt_tokens` tokens, with one visual token per frame. The
+    policy's adapter differs from the reference's, so that the KL is not 0."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/base/language")
     frames = prompt_tokens - len(encode_prompt(tokenizer, MODES["microscope"], 0))
@@ -54,14 +56,15 @@ def build(args, prompt_tokens):
                          max_position_embeddings=65536)
     with torch.device(args.device):
         llm = Qwen3ForCausalLM._from_config(config, dtype=DTYPES[args.dtype])
-    model = DriveVLM(vision.to(args.device), llm, tokenizer, num_frames=frames, dtype=args.dtype, seed=0,
-                     base={"vision_model": {}, "language_model": {}})
+    model = DriveVLM(VisionTower(vision).to(args.device), llm, tokenizer, num_frames=frames, pooling=3,
+                     dtype=args.dtype, seed=0, base={"vision_model": {}, "language_model": {}})
     model.add_lora(args.lora_r, 2 * args.lora_r, 0.0, seed=0)
     ends = torch.tensor(model.end_ids, device=model.device)
     model.banned_ids = torch.cat([model.banned_ids, ends])  # so that no completion ends early
     with tempfile.TemporaryDirectory() as folder:
         model.save_checkpoint(Path(folder) / "stage2", stage=2)
         load_reference(model, Path(folder) / "stage2")
+    model.set_trainable("lora")
     with torch.no_grad():
         for name, parameter in model.llm.named_parameters():
             if ".lora_B.default." in name:
@@ -71,7 +74,7 @@ def build(args, prompt_tokens):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two arms: each phase is a function of (args, model, group) without arguments left open
+# The two arms: each phase is a function of (args, model, case)
 
 
 def our_rollout(args, model, case):
@@ -89,7 +92,7 @@ def plain_rollout(args, model, case):
 
 
 def our_scoring(args, model, case):
-    with torch.no_grad(), reference(model):
+    with torch.no_grad(), reference_policy(model):
         return completion_logps(model, [Group(case["prompt"], case["visual"], case["completions"])])[0]
 
 
@@ -99,7 +102,7 @@ def our_training(args, model, case):
 
 
 def plain_logps(model, case, completions):
-    """Rows of [prompt | completion], logits of every position: as a loop around a causal LM is mostly written."""
+    """Log-probs from rows of [prompt | completion], with logits of every position, as is usual around a causal LM."""
     ids = torch.tensor([case["prompt"] + completion for completion in completions], device=model.device)  # [n, L]
     embeds = model.embed(ids, case["visual"].expand(len(ids), -1, -1))
     with model.autocast():
@@ -128,7 +131,7 @@ def plain_training(args, model, case):
 
 
 def finish(model, logps, mask, case, share):
-    """Loss and backward, the same for both."""
+    """Loss and backward, the same for both arms."""
     loss, _ = grpo_loss(logps, case["advantages"], mask, ref_logps=case["ref_logps"], beta=0.02, loss_type="grpo")
     (loss * share).backward()
     return loss.item() * share
@@ -139,18 +142,18 @@ def finish(model, logps, mask, case, share):
 
 
 def settle():
-    """Give freed memory back and forget the highest use so far."""
+    """Return freed memory to the system and reset the peak counters."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
 def memory_mb(device, key):
-    """key: "VmRSS", in use now, or "VmHWM", the most since `settle`."""
+    """key: "VmRSS" (in use now) or "VmHWM" (peak since `settle`)."""
     if device.type == "cuda":
         use = torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()
         return use / 2**20
@@ -159,7 +162,7 @@ def memory_mb(device, key):
 
 
 def measure(function, args, model, case):
-    """(result, seconds, peak MB above what was in use)."""
+    """(result, seconds, peak MB above what was in use before)."""
     settle()
     before, start = memory_mb(model.device, "VmRSS"), time.perf_counter()
     result = function(args, model, case)
@@ -176,7 +179,7 @@ def gradients(model):
 
 
 def compare(args, prompt_tokens, generations, tokens):
-    """One prompt, both arms: times, memory, and how far losses and gradients lie apart."""
+    """One prompt, both arms: times, memory, and how much losses and gradients differ."""
     model = build(args, prompt_tokens)
     generator = torch.Generator().manual_seed(1)
     visual = torch.randn(model.num_visual_tokens, args.hidden, generator=generator) * 0.02
@@ -261,7 +264,7 @@ def parse_args(argv=None):
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                         help="recompute activations in the backward pass, in both arms")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True,
-                        help="half and double of prompt, generations and tokens as well")
+                        help="also with half and double the prompt, generations and tokens")
     parser.add_argument("--out", type=Path, default=Path("output/bench/grpo_step.json"))
     return parser.parse_args(argv)
 
@@ -274,12 +277,12 @@ def main(argv=None):
     about = {"machine": machine(args.device), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
              "transformers": transformers.__version__, "model": sizes}
     print(f"One GRPO step on one prompt | {about['machine']} | torch {torch.__version__} | {about['date']}\n"
-          f"random Qwen3 of {sizes}")
+          f"Qwen3 with random weights: {sizes}")
     compare(args, 64, 2, 4)  # warms up threads and kernels
     centre = (args.prompt, args.generations, args.tokens)
     results = [compare(args, *centre)]
     first = results[0]
-    print(f"\nprompt {args.prompt}, G {args.generations}, {args.tokens} new tokens; the plain way's second copy of the "
+    print(f"\nprompt {args.prompt}, G {args.generations}, {args.tokens} new tokens; a second copy of the "
           f"model takes {first['second_copy_mb']:.0f} MB more\n\n{detail_table(first)}\n\n"
           f"same completions {first['same_completions']:.0%} | loss {first['loss']:.6f} / {first['plain_loss']:.6f} | "
           f"largest log-prob gap {first['logp_gap']:.1e} | gradient gap {first['gradient_gap']:.1e}", flush=True)
@@ -290,7 +293,7 @@ def main(argv=None):
                 results.append(compare(args, *point))
         order = sorted(results[1:] + [first] * 3, key=lambda r: (r["prompt"], r["generations"], r["tokens"]))
         shown = list({(r["prompt"], r["generations"], r["tokens"]): r for r in order}.values())
-        print(f"\nours / plain as each grows\n\n{growth_table(shown)}", flush=True)
+        print(f"\nhow it scales (ours / plain)\n\n{growth_table(shown)}", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**about, "arguments": {k: str(v) for k, v in vars(args).items()},
                                     "results": results}, indent=1) + "\n")

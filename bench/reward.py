@@ -1,9 +1,9 @@
-"""How long does it take to score a caption?
+"""How long does scoring one caption take?
 
     python -m bench.reward [--repeats 200] [--output output/bench/reward.json]
 
-Scores generated reports of about 50, 375 and 750 words and a Copilot line, one after another in one thread, and texts
-made to be slow to read. Prints one table and writes one JSON. Target: 10 ms for 375 words.
+Scores generated reports of about 50, 375 and 750 words, Copilot lines, and texts built to be slow to parse, one after
+another in one thread. Prints one table and writes one JSON file. Target: 10 ms for 375 words.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SLOW = {"375 words: no car no car ..": "no car " * 187, "375 words: a, a, a ..":
 
 
 def report(words, seed):
-    """A report-like text of about so many words, with objects, denials, clauses and fillers."""
+    """A generated report of about `words` words, with objects, denials, clauses and filler."""
     draw, text = random.Random(seed), "At first "
     while len(text.split()) < words:
         text += f"{draw.choice(THINGS)} {draw.choice(DOINGS)}{draw.choice(JOINTS)}"
@@ -39,6 +39,7 @@ def report(words, seed):
 
 
 def milliseconds(texts, mode):
+    """Times to score each text, in milliseconds, sorted."""
     times = []
     for text in texts:
         start = time.perf_counter()

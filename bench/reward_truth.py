@@ -1,11 +1,11 @@
-"""Does the reward say what is true? Rewards paid by the toy detector against exact truth, over sampled answers.
+"""Does the reward follow the truth? Rewards from the toy detector's evidence, compared with exact truth.
 
     python -m bench.reward_truth --config configs/demo/stage3.yaml            after `make demo`
 
-Samples `--num_samples` answers a clip and mode from stage 2 (the config's init_from) at T = 1, on the training split's
-clips, and reports within each mode Spearman's correlation of R_obj and of the total with the exact F1 of the classes
-mentioned; and the reward of the held-out reference captions on their own clip against another clip's evidence.
-Prints one table and writes one JSON.
+Samples `--num_samples` answers per clip and mode from stage 2 (the config's init_from) at T = 1, on clips of the
+training split. For each mode it reports Spearman's correlation of R_obj and of the total with the exact F1 of the
+classes mentioned, and the mean reward of the held-out reference captions, with their own clip's evidence and with
+another clip's. Prints one table and writes one JSON file.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import MODES, cached_frames, load_entries, resolve_video, split_by_video
-from evaluate import EvaluateConfig, mentioned
-from stage3.detect_objects import DetectConfig, load_evidence
+from dataset import MODES, cached_frames, load_split, resolve_video
+from stage3.detect_objects import load_evidence
 from stage3.grpo_reward_func import physics_aware_reward
-from train_stage3 import Stage3Config
-from training import load_config
+from stage3.mentions import find_mentions
+from stage3.rollout import answer_limits
+from training.common import load_config
+from training.config import Stage3Config
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -35,7 +36,7 @@ def spearman(a, b) -> float:
 
 def exact_f1(text: str, present: set[str]) -> float:
     """F1 of the set of classes mentioned against the classes that are there."""
-    said = set(mentioned(text))
+    said = {mention.object for mention in find_mentions(text) if not mention.negated}
     return 2 * len(said & present) / (len(said) + len(present)) if said or present else 1.0
 
 
@@ -46,8 +47,7 @@ def sample(config, entries, num_samples: int, batch_size: int):
     from model import DriveVLM
 
     model = DriveVLM.from_checkpoint(config.init_from, expect_stage=2)
-    longest = {"microscope": config.max_new_tokens_microscope, "copilot": config.max_new_tokens_copilot}
-    said = []
+    limits, said = answer_limits(config), []
     for mode in MODES:
         rows = [entry for entry in entries if entry.mode == mode]
         for start in range(0, len(rows), batch_size):
@@ -55,24 +55,23 @@ def sample(config, entries, num_samples: int, batch_size: int):
             frames = [cached_frames(resolve_video(config.video_root, e.video), model.num_frames, model.image_size,
                                     config.frame_cache) for e in batch]
             answers = model.generate(torch.from_numpy(np.stack(frames)), [e.question for e in batch], temperature=1.0,
-                                     max_new_tokens=longest[mode], num_samples=num_samples, seed=start)
+                                     max_new_tokens=limits[mode], num_samples=num_samples, seed=start)
             said += [(batch[i // num_samples], answer.text) for i, answer in enumerate(answers)]
     return said
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/demo/stage3.yaml", help="stage 3's config, with its evidence made")
+    parser.add_argument("--config", default="configs/demo/stage3.yaml", help="stage 3's config, with evidence made")
     parser.add_argument("--truth", type=Path, default=Path("output/demo/world/truth.json"), help="the exact truth")
     parser.add_argument("--num_clips", type=int, default=60, help="training clips to sample on")
-    parser.add_argument("--num_samples", type=int, default=4, help="answers a clip and mode")
-    parser.add_argument("--json", type=Path, default=Path("output/bench/reward_truth.json"), help="where numbers go")
+    parser.add_argument("--num_samples", type=int, default=4, help="answers per clip and mode")
+    parser.add_argument("--json", type=Path, default=Path("output/bench/reward_truth.json"), help="JSON file to write")
     args = parser.parse_args(argv)
-    config = load_config(Stage3Config, ["--config", args.config], also=(DetectConfig, EvaluateConfig))
+    config = load_config(Stage3Config, ["--config", args.config])
     truth = {v: set(row["present"]) for v, row in json.loads(args.truth.read_text(encoding="utf-8")).items()}
-    entries = load_entries(config.data, config.default_mode)
-    evidence = load_evidence(config.evidence_cache, entries, config.detector)
-    train, held_out = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)
+    train, held_out = load_split(config)
+    evidence = load_evidence(config.evidence_cache, [*train, *held_out], config.detector)
     clips = set(sorted({entry.video for entry in train})[:args.num_clips])
     said = sample(config, [e for e in train if e.video in clips and evidence[e.video]], args.num_samples, 16)
     results = {}
@@ -82,14 +81,14 @@ def main(argv=None):
         f1 = [exact_f1(text, truth[entry.video]) for entry, text in rows]
         own = [entry for entry in held_out if entry.mode == mode]
         other = own[1:] + own[:1]
-        paid = [physics_aware_reward(e.captions[0], evidence[e.video], mode).total for e in own]
+        rewarded = [physics_aware_reward(e.captions[0], evidence[e.video], mode).total for e in own]
         swapped = [physics_aware_reward(e.captions[0], evidence[o.video], mode).total
                    for e, o in zip(own, other, strict=True)]
         results[mode] = {
             "answers": len(rows), "mean_f1": float(np.mean(f1)),
             "spearman_objects": spearman([r.objects for r in rewards], f1),
             "spearman_total": spearman([r.total for r in rewards], f1),
-            "reference_reward": float(np.mean(paid)), "swapped_reward": float(np.mean(swapped)),
+            "reference_reward": float(np.mean(rewarded)), "swapped_reward": float(np.mean(swapped)),
         }
     print("| mode | answers | mean F1 | Spearman R_obj, F1 | total, F1 | references' reward | on another clip |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -1,8 +1,9 @@
-"""Builds the `.pt` that ultralytics wants from the safetensors and JSON of demo/base/detector.
+"""Builds the `.pt` file that ultralytics loads from the safetensors and JSON in demo/base/detector.
 
     python -m demo.assemble_detector --output output/demo/detector/detector.pt
 
-Git keeps no pickle; this one is made on the machine that loads it, and loads with ULTRALYTICS_SAFE_LOAD=1.
+The repository contains no pickles: this file is made on the machine that uses it. ultralytics can load it with
+ULTRALYTICS_SAFE_LOAD=1.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-# Read when ultralytics is imported: no network, no package installing, no banner.
+# ultralytics reads these when it is imported: install no packages, do not use the network, print no banner
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 os.environ.setdefault("YOLO_OFFLINE", "true")
 os.environ.setdefault("YOLO_VERBOSE", "false")
@@ -31,7 +32,7 @@ def build_network(about: dict):
 
 
 def assemble(folder: Path | str, output: Path | str) -> Path:
-    """Writes the checkpoint; the same files give the same bytes, so that evidence made with it stays valid."""
+    """Write the checkpoint. The same files give the same bytes, so evidence made with an earlier copy stays valid."""
     folder, output = Path(folder), Path(output)
     about = json.loads((folder / "detector.json").read_text())
     network = build_network(about)
@@ -41,7 +42,7 @@ def assemble(folder: Path | str, output: Path | str) -> Path:
         value.requires_grad_(False)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    with open(partial, "wb") as file:  # a file object: a path's name would stand inside the archive
+    with open(partial, "wb") as file:  # a file object: given a path, torch.save would store its name in the archive
         torch.save({"model": network.eval(), "train_args": {"task": "detect", "imgsz": about["image_size"]},
                     "license": "AGPL-3.0"}, file)
     os.replace(partial, output)

@@ -1,11 +1,11 @@
 """Trains the toy world's detector, a YOLOv8 of 0.9 M parameters, and writes it to demo/base/detector.
 
     python -m demo.base_detector                     about 8 minutes on one core (part of `make base-models`)
-    python -m demo.base_detector --check             measures the shipped one on clips that it was not trained on
+    python -m demo.base_detector --check             measures the shipped detector on clips that it was not trained on
 
-ultralytics' own trainer, on frames drawn here from seeds that the demo's clips never use. Class ids are COCO's 0..11,
-so that the toy detector and YOLOv8x speak of the same things. Saved as safetensors (bfloat16) and JSON; the pickle that
-ultralytics loads is put together on the machine (demo/assemble_detector.py).
+Uses ultralytics' own trainer on frames drawn from seeds that the demo's clips never use. Class ids are COCO's 0..11, so
+they mean the same for the toy detector and YOLOv8x. The result is saved as safetensors (bfloat16) and JSON;
+demo/assemble_detector.py makes the pickle that ultralytics loads.
 """
 
 import argparse
@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 
 from demo.assemble_detector import BASE, assemble
 from demo.world import CLASSES, make_clip, write_video
-from stage3.detect_objects import DetectorSettings, clip_evidence, detect_clips, load_records
+from stage3.detect_objects import Detector, detect_clips, load_records
+from stage3.evidence import clip_evidence
 from stage3.vocabulary_config import COCO_NAMES
+from training.config import DetectorSettings
 
 NAMES = list(COCO_NAMES[:12])
 IMAGE_SIZE = 320
-TRAIN_SEED, CHECK_SEED = 1_000_001, 1_000_002  # the demo's own world is drawn from 42
+TRAIN_SEED, CHECK_SEED = 1_000_001, 1_000_002  # the demo's own world uses 42
 LICENCE = """This detector was trained with ultralytics (https://github.com/ultralytics/ultralytics) on frames of the
 toy world (demo/world.py). Its architecture and its training code are ultralytics', under AGPL-3.0, and so is
 this folder: https://www.gnu.org/licenses/agpl-3.0.html. The rest of the repository is under the licence at
@@ -44,14 +46,16 @@ def model_yaml() -> dict:
 
 
 def write_split(folder: Path, split: str, seed: int, num_clips: int, num_images: int) -> None:
-    """Frames and YOLO labels of `num_clips` clips, and `<split>.txt` with `num_images` of them, rare classes as often
-    as frequent ones (a frame may be listed more than once) and one frame in ten with nothing in it."""
+    """Write frames and YOLO labels of `num_clips` clips, and `<split>.txt`, which lists `num_images` of the frames.
+
+    Rare classes are listed as often as frequent ones (a frame may be listed more than once); one frame in ten is empty.
+    """
     import cv2
 
     (folder / "images" / split).mkdir(parents=True)
     (folder / "labels" / split).mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    holding: dict[str, list[str]] = {name: [] for name in [*CLASSES, ""]}
+    images_with: dict[str, list[str]] = {name: [] for name in [*CLASSES, ""]}  # "": frames without an object
     for index in range(num_clips):
         clip = make_clip((seed, index))
         for t in rng.choice(len(clip.frames), 6, replace=False):
@@ -64,37 +68,37 @@ def write_split(folder: Path, split: str, seed: int, num_clips: int, num_images:
                 lines.append(f"{CLASSES[box.name]} {(x1 + x2) / 2:.5f} {(y1 + y2) / 2:.5f} {x2 - x1:.5f} {y2 - y1:.5f}")
             (folder / "labels" / split / f"{image.stem}.txt").write_text("\n".join(lines))
             for name in {box.name for box in clip.boxes[t]} or {""}:
-                holding[name].append(str(image))
-    share = {name: 0.1 if name == "" else 0.9 / len(CLASSES) for name in holding}
-    listed = [str(image) for name, images in holding.items()
+                images_with[name].append(str(image))
+    share = {name: 0.1 if name == "" else 0.9 / len(CLASSES) for name in images_with}
+    listed = [str(image) for name, images in images_with.items()
               for image in rng.choice(images, round(num_images * share[name]))]
     rng.shuffle(listed)
     (folder / f"{split}.txt").write_text("\n".join(listed))
-    print(f"{split}: {num_clips} clips; frames that hold a class: "
-          f"{ {name or 'nothing': len(images) for name, images in holding.items()} }", flush=True)
+    print(f"{split}: {num_clips} clips; frames with each class: "
+          f"{ {name or 'nothing': len(images) for name, images in images_with.items()} }", flush=True)
 
 
 def train(folder: Path, epochs: int, images: int, clips: int):
-    """-> the trained network (the moving average of the weights)."""
+    """Returns the trained network (the moving average of its weights)."""
     import yaml
     from ultralytics import YOLO
 
     write_split(folder, "train", TRAIN_SEED, clips, images)
-    write_split(folder, "val", TRAIN_SEED + 10, 40, 200)  # the trainer wants one; it decides nothing
+    write_split(folder, "val", TRAIN_SEED + 10, 40, 200)  # ultralytics requires one; it does not affect the result
     data = {"path": str(folder), "train": "train.txt", "val": "val.txt", "names": dict(enumerate(NAMES))}
     (folder / "data.yaml").write_text(yaml.safe_dump(data))
     (folder / "yolov8n.yaml").write_text(yaml.safe_dump(model_yaml()))
     model = YOLO(str(folder / "yolov8n.yaml"))
-    begun = time.time()
+    started = time.time()
 
-    def say(trainer):
+    def report_epoch(trainer):
         losses = ", ".join(f"{name} {value:.3f}" for name, value in trainer.label_loss_items(trainer.tloss).items())
         done = trainer.epoch + 1
-        left = (time.time() - begun) / done * (epochs - done)
+        left = (time.time() - started) / done * (epochs - done)
         print(f"epoch {done}/{epochs} | {losses} | {left / 60:.0f} min left", flush=True)
 
-    model.add_callback("on_train_epoch_end", say)
-    # rect: 320x192 batches without padding to a square. No hue shift: a red light stays red.
+    model.add_callback("on_train_epoch_end", report_epoch)
+    # rect: batches of 320x192, not padded to a square. No hue shift: a red light must stay red.
     model.train(
         data=str(folder / "data.yaml"), epochs=epochs, imgsz=IMAGE_SIZE, rect=True, batch=16, nbs=16, workers=0,
         device="cpu", optimizer="AdamW", lr0=0.002, lrf=0.02, cos_lr=True, warmup_epochs=0.5, weight_decay=0.01,
@@ -105,7 +109,7 @@ def train(folder: Path, epochs: int, images: int, clips: int):
 
 
 def save(network, folder: Path) -> None:
-    """The weights in bfloat16; batch norm's counters stay integers."""
+    """Write the weights in bfloat16; batch norm's counters stay integers."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.to(torch.bfloat16) if value.is_floating_point() else value
                for name, value in network.state_dict().items()}
@@ -113,7 +117,7 @@ def save(network, folder: Path) -> None:
 
 
 def describe(folder: Path, measured: dict | None) -> None:
-    """What stands beside the weights: shape, classes, licence, and how well it sees (clip level, see `measure`)."""
+    """Write the files beside the weights: architecture, classes and accuracy (from `measure`), and the licence."""
     about = {"names": NAMES, "image_size": IMAGE_SIZE, "license": "AGPL-3.0", "measured": measured,
              "yaml": model_yaml()}
     (folder / "detector.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -121,11 +125,11 @@ def describe(folder: Path, measured: dict | None) -> None:
 
 
 def measure(folder: Path, num_clips: int, settings: DetectorSettings) -> tuple[dict, str]:
-    """Clip-level evidence on held-out clips, written and read back as the demo's are, against exact truth.
+    """Compare the evidence on held-out clips, which are encoded and decoded like the demo's, with the exact truth.
 
-    -> ({class or "all": {"precision", "recall", "unknown", "clips"}}, the same as a table). Precision: of what is
-    called present, how much is; recall: of what is there, how much is called present; unknown: of what is there, how
-    much is left open.
+    Returns ({class or "all": {"precision", "recall", "unknown", "clips"}}, the same as a table). Counted over pairs of
+    clip and class. Precision: of those called present, the share that are in the clip. Recall and unknown: of those in
+    the clip, the share called present, and the share called unknown.
     """
     counts: Counter = Counter()
     with tempfile.TemporaryDirectory() as work:
@@ -136,7 +140,7 @@ def measure(folder: Path, num_clips: int, settings: DetectorSettings) -> tuple[d
             clip = make_clip((CHECK_SEED, index), held_out=True)
             write_video(work / f"clip_{index:04d}.mp4", clip.frames)
             truth[f"clip_{index:04d}.mp4"] = set(clip.script.present)
-        detect_clips(list(truth), str(work), settings, work / "evidence", device="cpu")
+        detect_clips(list(truth), work, settings, work / "evidence", detector=Detector(settings, "cpu"))
         for video, record in load_records(work / "evidence", list(truth), settings).items():
             evidence = clip_evidence(record, settings)
             for name in evidence.present | evidence.unknown | truth[video]:
@@ -156,12 +160,12 @@ def measure(folder: Path, num_clips: int, settings: DetectorSettings) -> tuple[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", "--output-dir", default=str(BASE), help="where the detector goes")
-    parser.add_argument("--check", action="store_true", help="train nothing, measure what stands there")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--images", type=int, default=5000, help="frames an epoch")
-    parser.add_argument("--clips", type=int, default=1200, help="clips that the frames come from")
-    parser.add_argument("--check_clips", "--check-clips", type=int, default=200)
+    parser.add_argument("--output_dir", "--output-dir", default=str(BASE), help="folder for the detector")
+    parser.add_argument("--check", action="store_true", help="only measure the detector in output_dir")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of training")
+    parser.add_argument("--images", type=int, default=5000, help="frames per epoch")
+    parser.add_argument("--clips", type=int, default=1200, help="clips that the frames are taken from")
+    parser.add_argument("--check_clips", "--check-clips", type=int, default=200, help="clips to measure on")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(args.output_dir)

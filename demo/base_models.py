@@ -1,16 +1,16 @@
 """Builds the demo's base models from the toy world: a SigLIP tower, a Qwen3 with its tokenizer, and a small YOLOv8.
 
-    make base-models                                  tens of minutes on 2 cores; a finished part is not built again
+    make base-models                                  tens of minutes on 2 cores; finished parts are not built again
     python -m demo.base_models --only vision          one part: vision, language or detector
 
-They stand in for the public base models that a real run starts from, in the same formats (safetensors
-and JSON, bfloat16). All are trained on clips whose seeds the demo's world never uses.
+They take the place of the public base models that a real run starts from, in the same formats (safetensors and JSON,
+bfloat16). All are trained on clips whose seeds the demo's world never uses.
 
-- vision: `SiglipVisionModel`, taught to name what each patch shows. (Taught by clip-level presence alone, the same
-  tower stays far behind.)
-- language: `Qwen3ForCausalLM`, taught to caption from *notes*: one word for each cell of a 4x4 grid over each of 8
-  frames, in the place where the projector's visual tokens will stand. Its captions are true to the notes. A language
-  model that has never had to read something there leaves stage 1 nothing to connect to.
+- vision: `SiglipVisionModel`, trained to name what each patch shows. (Trained only on which classes a clip has, the
+  same tower is far worse.)
+- language: `Qwen3ForCausalLM`, trained to caption from *notes*: one word for each cell of a 4x4 grid over each of 8
+  frames, at the positions where the projector's visual tokens will be. Its captions are true to the notes. A language
+  model that has never had to read anything at those positions gives stage 1 nothing to connect to.
 - detector: see demo/base_detector.py.
 """
 
@@ -45,7 +45,7 @@ from demo.world import (
 BASE = Path(__file__).resolve().parent / "base"
 VISION_SEED, LANGUAGE_SEED, PROBE_SEED = 2_000_001, 2_000_002, 2_000_003
 IMAGE_SIZE, PATCH, CELLS, NUM_FRAMES = 192, 16, 4, 8
-GRID = IMAGE_SIZE // PATCH  # 12 patches a side; 3x3 of them make one cell
+GRID = IMAGE_SIZE // PATCH  # 12 patches per side; 3x3 of them make one cell
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -59,7 +59,7 @@ PARAPHRASES = {
     "microscope": ("Describe what happens in detail.", "Give a detailed report of the clip."),
     "copilot": ("Summarize the scene briefly.", "Give a short summary of the drive."),
 }
-# What a note may say of a cell. The class comes first, then what else is known of the object.
+# What a note may say about a cell, by class of the object.
 NOTE_OF = {
     "person": "person", "bicycle": "bicycle", "car": "car", "motorcycle": "motorcycle", "bus": "bus", "truck": "truck",
     "traffic light": "light", "stop sign": "sign",
@@ -94,12 +94,13 @@ def decoded(clip, indices):
 # ------------------------------------------------------------------------------------------------------- vision
 
 ATTRIBUTES = ("red light", "amber light", "green light", *sorted({c for colours in COLOURS.values() for c in colours}))
-TARGETS = (*CLASSES, *ATTRIBUTES, "night", "city")  # what each patch is asked
+TARGETS = (*CLASSES, *ATTRIBUTES, "night", "city")  # what is predicted for each patch
 
 
 def patch_targets(boxes, script):
-    """What the patches of one frame show: float32 [144, len(TARGETS)], 1 where at least a third of a patch is covered
-    by a box, or the patch holds most of a small one."""
+    """What the patches of one frame show: float32 [144, len(TARGETS)].
+
+    1 where a box covers more than a third of the patch, or more than 0.4 of the box is in it (small boxes)."""
     target = np.zeros((GRID, GRID, len(TARGETS)), np.float32)
     edges = np.arange(GRID + 1) * PATCH
     for box in boxes:
@@ -118,7 +119,7 @@ def patch_targets(boxes, script):
 
 
 def balanced_scripts(seed, count):
-    """Scripts in which the rare classes come as often as the frequent ones."""
+    """Scripts in which rare classes are about as frequent as common ones."""
     tally, scripts, index = dict.fromkeys(CLASSES, 0), [], 0
     while len(scripts) < count:
         script = make_script((seed, index))
@@ -133,7 +134,7 @@ def balanced_scripts(seed, count):
 
 
 def vision_data(seed, num_clips, frames_a_clip):
-    """(frames uint8 [N, 192, 192, 3], targets float32 [N, 144, len(TARGETS)]) from frames chosen at random."""
+    """(frames uint8 [N, 192, 192, 3], targets float32 [N, 144, len(TARGETS)]) of randomly chosen frames."""
     rng = np.random.default_rng(seed)
     frames, targets = [], []
     for script in balanced_scripts(seed, num_clips):
@@ -145,7 +146,7 @@ def vision_data(seed, num_clips, frames_a_clip):
 
 
 def pixels(frames, rng=None):
-    """uint8 [N, S, S, 3] -> float32 [N, 3, S, S] in [-1, 1]; with rng, changed brightness and contrast."""
+    """uint8 [N, S, S, 3] -> float32 [N, 3, S, S] in [-1, 1]; with rng, random brightness and contrast."""
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     if rng is not None:
         gain = torch.from_numpy(rng.uniform(0.75, 1.25, (len(x), 1, 1, 1)).astype(np.float32))
@@ -155,7 +156,7 @@ def pixels(frames, rng=None):
 
 
 def build_vision(folder, steps=1200, num_clips=500, batch=24):
-    """Train the tower with a linear head on its last hidden state, which is all that the projector will see."""
+    """Train the tower with a linear head on its last hidden state, the only output that the projector will read."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     torch.manual_seed(VISION_SEED)
@@ -167,7 +168,7 @@ def build_vision(folder, steps=1200, num_clips=500, batch=24):
     head = nn.Linear(128, len(TARGETS))
     say(f"vision: {sum(p.numel() for p in tower.parameters()):,} parameters; drawing {num_clips} clips")
     frames, targets = vision_data(VISION_SEED, num_clips, 8)
-    weight = torch.full((len(TARGETS),), 3.0)  # objects cover few patches
+    weight = torch.full((len(TARGETS),), 3.0)  # objects cover few patches, so positives weigh more
     weight[-2:] = 1.0
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], weight_decay=0.02)
     tower.train()
@@ -199,7 +200,7 @@ def build_vision(folder, steps=1200, num_clips=500, batch=24):
 def standardize(tower, frames):
     """Shift and scale the last layer norm so that each channel has mean 0 and variance 1 over `frames`.
 
-    Without it most of every patch's vector is the same constant, in which a fresh projector drowns.
+    Without this, most of every patch's vector is the same constant, which swamps the signal for an untrained projector.
     """
     hidden = torch.cat([tower(pixel_values=pixels(part)).last_hidden_state for part in np.array_split(frames, 20)])
     mean, std = hidden.mean((0, 1)), hidden.std((0, 1))
@@ -210,7 +211,7 @@ def standardize(tower, frames):
 
 @torch.no_grad()
 def clip_f1(tower, head, num_clips=60):
-    """F1 of the set of classes of which some patch of some frame is sure, over the frames that the model will see."""
+    """F1 of a clip's classes: those predicted above 0.8 in any patch of the frames that the model will see."""
     hits = wrong = missed = 0
     for index in range(num_clips):
         clip = make_clip((PROBE_SEED, index))
@@ -257,7 +258,7 @@ NOTE_WORDS = (*NOTE_OF.values(), "red", "amber", "green", *ATTRIBUTES[3:], "nigh
 
 
 def cell_words(boxes, script):
-    """For each of the 16 cells of a frame, the words that are true of it: list of tuples, objects first."""
+    """For each of the 16 cells of a frame, its objects: a list of tuples (class word, attribute if it has one)."""
     cells = [[] for _ in range(CELLS * CELLS)]
     for box in boxes:
         x1, y1, x2, y2 = box.xyxy
@@ -280,7 +281,7 @@ def background_word(row, script, rng):
 
 
 def write_notes(script, frames, rng, slips=0.06):
-    """One word a cell and frame, as a list of 8 * 16 words; a share `slips` of the cells is misread."""
+    """One word per cell and frame: a list of 8 * 16 words. In a share `slips` of the cells the object is missed."""
     words = []
     for boxes in frames:
         for index, known in enumerate(cell_words(boxes, script)):
@@ -345,14 +346,14 @@ def language_config(tokenizer):
 
 
 def caption_loss(model, input_ids, labels):
-    """Mean cross-entropy of the captions' tokens; right padding needs no mask under a causal one."""
+    """Mean cross-entropy of the captions' tokens; with causal attention, right padding needs no mask."""
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B, L-1, D]
     chosen = labels[:, 1:] != IGNORE_INDEX
     return nn.functional.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[:, 1:][chosen])
 
 
 def build_language(folder, steps=2000, batch=16):
-    """Train tokenizer and language model on captions that are true to the notes before them."""
+    """Train the tokenizer, then the language model on captions that are true to the notes before them."""
     from transformers import GenerationConfig, Qwen3ForCausalLM
 
     torch.manual_seed(LANGUAGE_SEED)
@@ -392,7 +393,7 @@ def build_language(folder, steps=2000, batch=16):
 
 
 def build_detector(folder):
-    """In a process of its own: ultralytics' trainer changes global settings."""
+    """In a separate process, because ultralytics' trainer changes global settings."""
     subprocess.run([sys.executable, "-m", "demo.base_detector", "--output_dir", str(folder)], check=True)
     return {}
 
@@ -429,7 +430,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m demo.base_models", description="Build the demo's base models.")
     parser.add_argument("--output_dir", "--output-dir", default=str(BASE), help="where the parts' folders go")
     parser.add_argument("--only", choices=PARTS, help="one part instead of all")
-    parser.add_argument("--force", action="store_true", help="build again what is complete")
+    parser.add_argument("--force", action="store_true", help="build parts again that are complete")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""The toy world's language: how a script becomes a Microscope report, a Copilot line or a raw caption."""
+"""The toy world's language: turns a script into a Microscope report, a Copilot line or a raw caption."""
 
 FIRST = ("At first", "First", "In the beginning", "Initially")
 NEXT = ("Then", "After that", "Next", "Shortly after", "Moments later")
@@ -18,8 +18,8 @@ CLOSING = (
     "The drive continues straight ahead.",
 )
 
-# One event: what happens ({c}: colour, {side}: left or right), what follows from it, and who comes along (COMPANION in
-# world.py), in truth or by invention: the same words for both, so that the words alone do not tell.
+# For each kind of event: what happens ({c}: colour, {side}: left or right), what follows from it, and its companion
+# (COMPANION in world.py). True and invented companions are worded alike, so the wording does not tell which is which.
 WHAT = {
     "light_red": ("the traffic light ahead turns red", "the traffic light over the road shows red"),
     "light_green": ("the traffic light ahead turns green", "the traffic light over the road changes to green"),
@@ -82,7 +82,7 @@ def fill(text, event):
 
 
 def microscope_caption(script, rng, invented=None, rate=0.0):
-    """An exhaustive report. invented: event kind -> class to invent there with the probability `rate`."""
+    """An exhaustive report. invented: {kind of event: companion to invent there, with probability `rate`}."""
     opening = pick(rng, OPENING).format(place=pick(rng, PLACE[script.city]), time=pick(rng, TIME[script.night]))
     sentences = [opening]
     for index, event in enumerate(script.events):
@@ -105,7 +105,7 @@ def copilot_caption(script, rng):
 
 
 def raw_caption(script):
-    """One plain, true caption: what an annotator would write before it is rewritten for each mode."""
+    """One plain, true caption, as an annotator would write it; augment_captions.py rewrites it for each mode."""
     parts = [
         fill(WHAT[event.kind][0] + SO[event.kind][0], event)
         + (WHILE[event.companion][0] if event.companion else "") for event in script.events

@@ -1,13 +1,11 @@
-"""The README's pictures and table, from the runs that `make demo` left in output/demo.
+"""The README's picture and table, from the runs that `make demo` left in output/demo.
 
     python -m demo.pictures
 
-Writes docs/toy_world.jpg (frames of held-out clips with what stage 2 and stage 3 said), docs/stage1_curves.png,
-docs/stage3_curves.png, and prints the README's table.
+Writes docs/toy_world.jpg (frames of held-out clips with what stage 2 and stage 3 said) and prints the README's table.
 """
 
 import json
-import shutil
 import textwrap
 from pathlib import Path
 
@@ -17,23 +15,23 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dataset import read_frames
+from dataset import MODES, read_frames
 
 OUT, DOCS = Path("output/demo"), Path("docs")
-COLUMNS = {"precision": "precision", "recall": "recall", "f1_micro": "F1", "chair_i": "CHAIRi", "chair_s": "CHAIRs",
-           "order": "order"}
+COLUMNS = {"recall": "recall", "chair_i": "CHAIRi", "order": "order"}
 
 
-def readme_table(metrics: dict, mode: str) -> str:
-    """One mode's rows; half the 95% bootstrap interval behind each number."""
-    lines = ["| " + " | ".join([mode.capitalize(), "words", *COLUMNS.values()]) + " |",
-             "|" + " --- |" * (len(COLUMNS) + 2)]
+def readme_table(metrics: dict) -> str:
+    """One row per system; half the 95% bootstrap interval behind each number."""
+    heads = [f"{mode.capitalize()} {head}" for mode in MODES for head in COLUMNS.values()]
+    lines = ["| " + " | ".join(["", *heads]) + " |", "|" + " --- |" * (len(heads) + 1)]
     for system, blocks in metrics["systems"].items():
-        block, cells = blocks[mode], []
-        for key in COLUMNS:
-            low, high = block["interval"][key]
-            cells.append(f"{block[key]:.2f} ± {(high - low) / 2:.2f}")
-        lines.append(f"| {system} | {block['words']:.0f} | " + " | ".join(cells) + " |")
+        cells = [system]
+        for mode in MODES:
+            for key in COLUMNS:
+                low, high = blocks[mode]["interval"][key]
+                cells.append(f"{blocks[mode][key]:.2f} ± {(high - low) / 2:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -70,10 +68,7 @@ def main():
     predictions = [json.loads(line) for line in lines]
     truth = json.loads((OUT / "world" / "truth.json").read_text(encoding="utf-8"))
     draw_clips(mended_clips(predictions, truth, 3), predictions, DOCS / "toy_world.jpg")
-    for stage in ("stage1", "stage3"):
-        shutil.copy(OUT / stage / "curves.png", DOCS / f"{stage}_curves.png")
-    for mode in ("microscope", "copilot"):
-        print(readme_table(metrics, mode), end="\n\n")
+    print(readme_table(metrics))
 
 
 if __name__ == "__main__":

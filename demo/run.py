@@ -1,10 +1,11 @@
-"""The whole road on the toy world: clips -> checks -> stage 1 -> stage 2 -> stage 3 -> table. No GPU, no download.
+"""The whole pipeline on the toy world: clips -> checks -> stage 1 -> stage 2 -> stage 3 -> table. No GPU, no downloads.
 
     make demo        (python -m demo.run)             about 9 minutes on 2 cores
-    make results     (python -m demo.run --results)   adds seeds, sampled rows and the control; outside the demo's time
+    make results     (python -m demo.run --results)   adds seeds, sampled rows and the control; takes longer
 
-A part that is finished is not done again: each leaves a stamp in output/demo/.done/ that names its command, its
-configuration and the parts before it. A part that was cut off goes on from its last checkpoint.
+Interrupt and rerun it: it resumes. A finished part is not run again: each leaves a stamp in output/demo/.done/ that
+names its command, its configuration and the parts before it. An interrupted part continues from its last
+checkpoint.
 """
 
 import argparse
@@ -19,17 +20,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.common import read_jsonl
+
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("output/demo")
 PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-MODES = ("microscope", "copilot")
 DEMO_SEED = 42
 
 
 @dataclass
 class Part:
-    """One command of the demo. `seconds` is what it took on 2 cores, for the estimate alone."""
+    """One command of the demo. `seconds`: what it took on 2 cores, for the estimate of the time left."""
 
     name: str
     title: str
@@ -55,7 +57,7 @@ def demo_parts() -> list[Part]:
              [PYTHON, "train_stage2.py", "--config", f"{c}/stage2.yaml"], OUT / "stage2", 160, trains=True),
         Part("detect", "Evidence: what the toy YOLO sees in each clip",
              [PYTHON, "-m", "stage3.detect_objects", "--config", f"{c}/stage3.yaml"], OUT / "evidence", 40),
-        Part("stage3", "Stage 3: GRPO, paid by the evidence",
+        Part("stage3", "Stage 3: GRPO, rewarded for what the evidence confirms",
              [PYTHON, "train_stage3.py", "--config", f"{c}/stage3.yaml"], OUT / "stage3", 180, trains=True),
         Part("evaluate", "Evaluation on the held-out clips, by exact truth",
              [PYTHON, "evaluate.py", "--config", f"{c}/stage3.yaml", "--output_dir", f"{OUT}/evaluate", "--checkpoint",
@@ -74,7 +76,7 @@ def fingerprint(part: Part, before: str) -> str:
 
 
 def run_part(part: Part, mark: str) -> float:
-    """Run one part to its end, continuing a cut-off one; returns its seconds (0 if it was done before)."""
+    """Run one part to its end, resuming one that was cut off; returns its seconds (0 if it was done before)."""
     stamps = OUT / ".done"
     stamps.mkdir(parents=True, exist_ok=True)
     stamp = stamps / f"{part.name}.json"
@@ -92,7 +94,7 @@ def run_part(part: Part, mark: str) -> float:
     code = subprocess.run(command, env=environment()).returncode
     if code != 0:
         sys.exit(f"\n'{part.title}' failed with exit code {code}. Its command was:\n    {' '.join(command)}\n"
-                 "Run make demo again: it goes on from here.")
+                 "Run make demo again: it resumes here.")
     seconds = time.time() - start
     stamp.write_text(json.dumps({"mark": mark, "seconds": seconds}))
     return seconds
@@ -110,7 +112,7 @@ def clock(seconds: float) -> str:
 
 
 def run_parts(parts: list[Part]) -> None:
-    """Run the parts in order, saying before each how long the rest takes at the pace measured so far."""
+    """Run the parts in order; before each, print how long the rest takes at the pace measured so far."""
     mark, spent, expected = "", 0.0, 0.0
     for number, part in enumerate(parts, 1):
         mark = fingerprint(part, mark)
@@ -130,7 +132,7 @@ def show_demo() -> None:
         ("check/check_dataset/report.html", "what the loss sees: each token, masked or supervised, beside the frames"),
         ("stage1/curves.png", "stage 1 learning to see"),
         ("stage2/curves.png", "stage 2 learning two granularities"),
-        ("stage3/report.html", "stage 3's rollouts: frames, boxes, what each mention was paid"),
+        ("stage3/report.html", "stage 3's rollouts: frames, boxes, answers with their rewards"),
         ("evaluate/report.html", "every held-out clip with every system's answers"),
     ]:
         print(f"    {OUT / path}    {what}")
@@ -142,8 +144,8 @@ def show_demo() -> None:
 # make results
 
 def results_parts(seed: int, steps: int) -> list[Part]:
-    """Stages 1 to 3 with another seed (the demo's own run serves for its seed), the control (stage 2 for stage 3's
-    time more), and answers of all, greedy and sampled."""
+    """Stages 1 to 3 with another seed (for its own seed, the demo's run is used), the control (stage 2 trained for as
+    long as stages 2 and 3 together), and answers of all, greedy and sampled."""
     out, c = OUT / "results" / f"seed{seed}", "configs/demo"
     stages = OUT if seed == DEMO_SEED else out
     s = ["--seed", str(seed)]
@@ -159,11 +161,11 @@ def results_parts(seed: int, steps: int) -> list[Part]:
               "--output_dir", f"{out}/stage3", *s], out / "stage3", 180, trains=True),
     ] if stages == out else []
     parts.append(Part(
-        f"s{seed}-control", f"Seed {seed}: control, stage 2 trained for stage 3's time more",
+        f"s{seed}-control", f"Seed {seed}: control, stage 2 trained on for as long as stage 3 takes",
         [PYTHON, "train_stage2.py", "--config", f"{c}/stage2.yaml", "--init_from", f"{stages}/stage1",
          "--output_dir", f"{out}/control", "--max_steps", str(steps), *s], out / "control", 330, trains=True))
     systems = [f"{n}={stages}/{n}" for n in ("stage1", "stage2", "stage3")] + [f"control={out}/control"]
-    # The split, and so the held-out clips, are the demo's; a seed of its own would hold out others.
+    # split_seed, and so the held-out clips, are the demo's for every seed.
     for kind, extra in (("greedy", []), ("sampled", ["--num_samples", "4", "--temperature", "1.0"])):
         parts.append(Part(
             f"s{seed}-{kind}", f"Seed {seed}: {kind} answers",
@@ -173,11 +175,10 @@ def results_parts(seed: int, steps: int) -> list[Part]:
 
 
 def control_steps() -> int:
-    """Stage 2's own steps and as many more as fit into stage 3's time, by the median seconds of a step of each."""
-    rows = {n: [json.loads(line) for line in (OUT / n / "metrics.jsonl").read_text().splitlines()]
-            for n in ("stage2", "stage3")}
-    short = [row["step_seconds"] for row in rows["stage2"] if "step_seconds" in row]
-    long = [row["rollout_seconds"] + row["update_seconds"] for row in rows["stage3"] if "rollout_seconds" in row]
+    """Stage 2's own steps and as many more as fit into stage 3's time, by the median seconds per step of each."""
+    stage2, stage3 = (read_jsonl(OUT / name / "metrics.jsonl") for name in ("stage2", "stage3"))
+    short = [row["step_seconds"] for row in stage2 if "step_seconds" in row]
+    long = [row["rollout_seconds"] + row["update_seconds"] for row in stage3 if "rollout_seconds" in row]
     return len(short) + round(len(long) * statistics.median(long) / statistics.median(short))
 
 
@@ -189,7 +190,7 @@ def summarise(seeds: list[int]) -> str:
         files = [OUT / "results" / f"seed{seed}" / kind / "metrics.json" for seed in seeds]
         runs = [json.loads(file.read_text())["systems"] for file in files]
         for system in runs[0]:
-            for mode in MODES:
+            for mode in (key for key, block in runs[0][system].items() if isinstance(block, dict)):
                 cells = []
                 for key in keys:
                     values = [run[system][mode][key] for run in runs]
@@ -201,7 +202,7 @@ def summarise(seeds: list[int]) -> str:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", action="store_true", help="then several seeds, sampled rows, the control")
+    parser.add_argument("--results", action="store_true", help="add several seeds, sampled rows, the control")
     parser.add_argument("--seeds", type=int, nargs="+", default=[DEMO_SEED, 1, 2],
                         help="seeds of --results (default: 42 1 2; 42 is the demo's own run)")
     args = parser.parse_args(argv)

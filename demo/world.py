@@ -3,15 +3,15 @@
     python -m demo.world --output_dir output/demo/world --num_clips 400 --seed 42
 
 writes `videos/*.mp4` (320x180, 24 frames, H.264), `captions.json` (Microscope and Copilot entries), `raw_captions.json`
-(one plain caption a clip) and `truth.json` (classes, order, times and boxes). Two or three events follow each other in
-every clip; each has its own stretch of time, its own class of object and a reason.
+(one plain caption per clip) and `truth.json` (classes, order, times and boxes). In every clip, two or three events
+follow one another; each has its own time span, its own class of object, and a cause or a consequence.
 
-Captions lie on purpose, as captions written by language models do: in the training clips' Microscope entries, most
-clauses about a red light or a stop sign let a pedestrian cross, and most about a bus let a car follow it, seen or not
-(`COMPANION`, `INVENTION_RATE`). Copilot entries and everything about held-out clips are true. Some pairs of events
-(`HELD_OUT_PAIRS`) occur in held-out clips alone.
+Some captions are wrong on purpose, like captions written by language models: in the training clips' Microscope entries,
+most clauses about a red light or a stop sign say that a pedestrian crosses, and most about a bus say that a car follows
+it, whether or not that is so (`COMPANION`, `INVENTION_RATE`). Copilot entries and all captions of held-out
+clips are true. Some pairs of events (`HELD_OUT_PAIRS`) occur in held-out clips only.
 
-A rider belongs to the machine: "bicycle" and "motorcycle" include who sits on them; "person" is somebody on foot.
+"bicycle" and "motorcycle" include the rider; "person" is somebody on foot.
 """
 
 import argparse
@@ -29,9 +29,10 @@ import cv2
 import numpy as np
 
 from demo.grammar import copilot_caption, microscope_caption, raw_caption
+from training.common import write_json
 
 WIDTH, HEIGHT, FRAMES, FPS = 320, 180, 24, 6
-# COCO's names and ids, so that a COCO detector and this world speak of the same things.
+# COCO's names and ids, so that the same code and tables serve this world and real clips.
 CLASSES = {
     "person": 0, "bicycle": 1, "car": 2, "motorcycle": 3, "bus": 5, "truck": 7, "traffic light": 9, "stop sign": 11,
 }
@@ -42,27 +43,28 @@ RGB = {
     "red": (200, 35, 35), "blue": (40, 80, 205), "white": (232, 232, 228), "black": (28, 28, 32),
     "yellow": (235, 190, 30), "orange": (235, 125, 25), "green": (35, 135, 65),
 }
-KINDS = {  # what can happen -> the class that it is about
+KINDS = {  # kind of event -> class of its object
     "light_red": "traffic light", "light_green": "traffic light", "stop_sign": "stop sign",
     "car_brakes": "car", "car_turns": "car", "person_crosses": "person",
     "bicycle_passes": "bicycle", "motorcycle_passes": "motorcycle",
     "bus_oncoming": "bus", "bus_pulls_over": "bus", "truck_oncoming": "truck", "truck_merges": "truck",
 }
-CONTROLS = {"light_red": 0.46, "stop_sign": 0.30, "light_green": 0.10, None: 0.14}  # at most one in a clip
+CONTROLS = {"light_red": 0.46, "stop_sign": 0.30, "light_green": 0.10, None: 0.14}  # at most one per clip
 OTHERS = {
     "car_brakes": 0.8, "car_turns": 0.8, "person_crosses": 2.6, "bicycle_passes": 1.3, "motorcycle_passes": 1.3,
     "bus_oncoming": 0.9, "bus_pulls_over": 0.6, "truck_oncoming": 0.7, "truck_merges": 0.7,
 }
-# Who comes along with an event, sometimes in truth (COMPANION_RATE), mostly in the captions alone (INVENTION_RATE).
+# The second object of an event. It is there in a share COMPANION_RATE of these events; where it is not (and the clip
+# does not show its class), a training clip's Microscope caption invents it with probability INVENTION_RATE.
 COMPANION = {"light_red": "person", "stop_sign": "person", "bus_oncoming": "car", "bus_pulls_over": "car"}
 COMPANION_RATE = 0.22
 INVENTION_RATE = 0.88
 HELD_OUT_PAIRS = (("bus", "bicycle"), ("truck", "motorcycle"), ("stop sign", "truck"))  # classes, in either order
-HELD_OUT_SHARE = 0.25  # of the held-out clips hold such a pair
+HELD_OUT_SHARE = 0.25  # share of the held-out clips with such a pair
 NUM_HELD_OUT = 40
 SPLIT_SEED = 42
 VARIANTS = 4
-NEAR = 2.2  # metres: nothing nearer is drawn
+NEAR = 2.2  # metres: nothing closer is drawn
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Event:
     start: float          # in clip time, 0 to 1
     end: float
     colour: str | None    # of a car, bus or truck
-    from_left: bool       # the side that somebody comes from
-    companion: str | None  # class seen beside it, in truth
+    from_left: bool       # side that the object comes from
+    companion: str | None  # class of the second object, if it is really there
 
     @property
     def name(self):
@@ -94,7 +96,7 @@ class Script:
 
     @property
     def order(self):
-        """The events' classes in the order of time; each is out of sight before the next comes."""
+        """The events' classes in the order of time; each is out of sight before the next appears."""
         return [event.name for event in self.events]
 
 
@@ -109,7 +111,7 @@ class Box:
 class Clip:
     script: Script
     frames: np.ndarray                        # uint8 [24, 180, 320, 3] RGB
-    boxes: list[list[Box]] = field(default_factory=list)  # per frame, nearest last
+    boxes: list[list[Box]] = field(default_factory=list)  # one list per frame, nearest object last
 
 
 # ------------------------------------------------------------------------------------------------------- the script
@@ -127,7 +129,7 @@ def is_reserved(names):
 
 
 def fits(kinds):
-    """One event a class, and no companion class as an event of its own: what comes first stays unmistakable."""
+    """True if no class has two events and no companion's class has an event, so that the order is unambiguous."""
     names = [KINDS[kind] for kind in kinds]
     companions = {COMPANION[kind] for kind in kinds if kind in COMPANION}
     return len(set(names)) == len(names) and not companions & set(names)
@@ -146,7 +148,7 @@ def draw_kinds(rng):
 
 
 def make_script(seed, held_out=False):
-    """Decide what happens. seed: an int or a tuple of ints; the same one gives the same script."""
+    """Draw what happens in a clip. seed: an int or a tuple of ints; the same seed gives the same script."""
     seed = tuple(np.atleast_1d(seed).tolist())
     rng = np.random.default_rng([*seed, int(held_out)])
     wants_reserved = held_out and rng.random() < HELD_OUT_SHARE
@@ -171,14 +173,14 @@ def make_script(seed, held_out=False):
 
 
 def between(knots, s):
-    """Piecewise linear; knots: ((s, value), ...)."""
+    """Piecewise linear interpolation; knots: ((s, value), ...)."""
     return float(np.interp(s, [k[0] for k in knots], [k[1] for k in knots]))
 
 
 @dataclass(frozen=True)
 class Camera:
     centre: float     # column of the vanishing point
-    horizon: float    # its row
+    horizon: float    # row of the vanishing point
     focal: float = 190.0
     height: float = 1.5  # metres above the road
 
@@ -187,7 +189,7 @@ class Camera:
         return self.centre + self.focal * x / z, self.horizon + self.focal * (self.height - y) / z
 
     def box(self, x, bottom, z, width, height):
-        """The upright rectangle of an object that stands at (x, z), its lower edge `bottom` metres up."""
+        """Pixels (x1, y1, x2, y2) of an upright object at (x, z) whose lower edge is `bottom` metres above the road."""
         x1, y1 = self.point(x - width / 2, bottom + height, z)
         x2, y2 = self.point(x + width / 2, bottom, z)
         return x1, y1, x2, y2
@@ -204,13 +206,13 @@ class Thing:
     height: float
     bottom: float = 0.0
     attribute: str | None = None
-    front: bool = False     # we see its front (it comes towards us)
-    phase: float = 0.0      # of steps and wheels
+    front: bool = False     # its front is visible (it comes towards us)
+    phase: float = 0.0      # of legs and pedals
     braking: bool = False
     mirrored: bool = False
 
 
-# Metres driven since the event began, by the share of its time. Standing traffic is what tells a stop from driving.
+# Metres driven since the event began, by the share of its time; where the value stays the same, the ego vehicle stops.
 EGO = {
     "light_red": ((0, 0), (0.4, 10), (0.88, 10), (1, 19)),
     "light_green": ((0, 0), (0.45, 0), (1, 11)),
@@ -228,7 +230,7 @@ EGO = {
 
 
 def walker(event, s, begin, end):
-    """Somebody crosses the road between two shares of the event's time."""
+    """A person who crosses the road from share `begin` to share `end` of the event's time."""
     side = -1 if event.from_left else 1
     x = between(((begin, 5.6 * side), (end, -5.6 * side)), s)
     return Thing("person", x, 7.0, 1.0, 2.2, phase=s * 14, mirrored=not event.from_left)
@@ -281,7 +283,7 @@ def things_at(event, s):
 
 
 class Pen:
-    """Draws in the unit square of one object's box: (0, 0) is its upper left corner, (1, 1) its lower right."""
+    """Draws inside one object's box: (0, 0) is its upper left corner, (1, 1) its lower right."""
 
     SHIFT = 4  # cv2's fixed-point bits: positions move by sixteenths of a pixel
 
@@ -313,7 +315,7 @@ class Pen:
                     cv2.LINE_AA, self.SHIFT)
 
     def line(self, colour, points, width=0.04, lit=False):
-        """width: in parts of the box's height."""
+        """width: as a share of the box's height."""
         cv2.polylines(self.image, [self.at(points)], False, self.paint(colour, lit), max(1, round(width * self.h)),
                       cv2.LINE_AA, self.SHIFT)
 
@@ -410,7 +412,7 @@ def draw_stop_sign(pen, thing, night):
     angles = np.pi / 8 + np.arange(8) * np.pi / 4
     ring = np.stack([np.cos(angles), np.sin(angles)], axis=1) / np.cos(np.pi / 8)
     pen.rect((130, 130, 130), 0.46, 1.0, 0.54, 2.05)
-    dim, pen.dim = pen.dim, max(pen.dim, 0.85)  # the headlights reach it
+    dim, pen.dim = pen.dim, max(pen.dim, 0.85)  # lit by the headlights
     pen.poly((245, 245, 245), 0.5 + 0.5 * ring)
     pen.poly((200, 15, 25), 0.5 + 0.43 * ring)
     pen.rect((245, 245, 245), 0.2, 0.41, 0.8, 0.59)
@@ -491,7 +493,7 @@ def draw_lane_marks(image, camera, driven, dim):
 
 
 def label(camera, thing):
-    """The Box of an object, or None where too little of it shows to be labelled."""
+    """The Box of an object; None if too little of it is visible."""
     if thing.z < NEAR:
         return None
     full = camera.box(thing.x, thing.bottom, thing.z, thing.width, thing.height)
@@ -504,7 +506,7 @@ def label(camera, thing):
 
 
 def camera_of(script):
-    """(camera, light): every clip has its own horizon and brightness."""
+    """(camera, brightness) of a clip; each clip has its own."""
     rng = np.random.default_rng([*script.seed, 3])
     light = rng.uniform(0.42, 0.55) if script.night else rng.uniform(0.85, 1.0)
     return Camera(WIDTH / 2 + rng.uniform(-10, 10), 72 + rng.uniform(-4, 4)), light
@@ -523,10 +525,13 @@ def moments(script):
 
 
 def boxes_of(script):
-    """What each frame shows, list over frames of lists of Box, without drawing anything."""
+    """One list of Box per frame, without drawing anything."""
     camera, _ = camera_of(script)
-    labels = ([label(camera, thing) for thing in things] for _, things in moments(script))
-    return [[box for box in boxes if box] for boxes in labels]
+    frames = []
+    for _, things in moments(script):
+        boxes = [label(camera, thing) for thing in things]
+        frames.append([box for box in boxes if box])
+    return frames
 
 
 def render(script):
@@ -555,7 +560,7 @@ def make_clip(seed, held_out=False):
 
 
 def write_video(path, frames):
-    """Encode uint8 RGB frames [T, H, W, 3] as H.264; complete or absent."""
+    """Encode uint8 RGB frames [T, H, W, 3] as H.264; the file is complete or absent."""
     path = Path(path)
     partial_path = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with av.open(str(partial_path), "w") as container:
@@ -568,34 +573,36 @@ def write_video(path, frames):
     os.replace(partial_path, path)
 
 
-def write_json(path, value):
-    partial_path = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    partial_path.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial_path, path)
+def rounded(values, digits):
+    return [round(value, digits) for value in values]
 
 
 def truth_of(clip):
-    """Exact truth of a clip, as `evaluate.py --truth` reads it; times are shares of the clip."""
-    seen = {}
+    """Exact truth of a clip, as `evaluate.py --truth` reads it; times are fractions of the clip."""
+    seen, frames = {}, []
     for index, boxes in enumerate(clip.boxes):
+        frames.append([[box.name, *rounded(box.xyxy, 1)] for box in boxes])
         for box in boxes:
             first, _ = seen.get(box.name, (index, index))
             seen[box.name] = (first, index)
     script = clip.script
+    times = {}
+    for name in script.present:
+        times[name] = rounded([index / (FRAMES - 1) for index in seen[name]], 3)
     return {
         "present": script.present,
         "order": script.order,
-        "seen": {name: [round(index / (FRAMES - 1), 3) for index in seen[name]] for name in script.present},
+        "seen": times,
         "events": [event.kind for event in script.events],
         "companions": [event.companion for event in script.events],
         "night": script.night,
         "city": script.city,
-        "boxes": [[[box.name, *(round(v, 1) for v in box.xyxy)] for box in boxes] for boxes in clip.boxes],
+        "boxes": frames,
     }
 
 
 def captions_of(script, lies=False):
-    """The Microscope and Copilot entries of a script; lies: let the Microscope entries invent companions."""
+    """The Microscope and Copilot captions of a script. lies: Microscope captions may invent companions."""
     rng = np.random.default_rng([*script.seed, 11])
     rate = INVENTION_RATE if lies else 0.0
     invented = {kind: name for kind, name in COMPANION.items() if name not in script.present}
@@ -610,7 +617,7 @@ def clip_name(index):
 
 
 def held_out_names(num_clips):
-    """The clips that `split_by_video(entries, 40, 42)` keeps for validation."""
+    """The clips that training holds out: `split_by_video` with NUM_HELD_OUT and SPLIT_SEED."""
     from dataset import MODES, Entry, split_by_video
 
     entries = [
@@ -622,7 +629,7 @@ def held_out_names(num_clips):
 
 
 def make_one(index, seed, held_out, folder):
-    """Render and write one clip; its row, raw row and truth."""
+    """Render and write one clip; returns its row, raw row and truth."""
     name = clip_name(index)
     clip = make_clip((seed, index), name in held_out)
     write_video(folder / name, clip.frames)
@@ -632,7 +639,7 @@ def make_one(index, seed, held_out, folder):
 
 
 def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
-    """Write the data set; a finished one with the same settings is left alone. Returns its folder."""
+    """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
     output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 1}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
@@ -641,7 +648,7 @@ def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     videos = output_dir / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    for old in videos.iterdir():  # clips of other settings, and what a stopped run left
+    for old in videos.iterdir():  # clips made with other settings, or left by a run that was stopped
         old.unlink()
     work = partial(make_one, seed=seed, held_out=held_out_names(num_clips), folder=videos)
     rows, raws, truth = [], [], {}
@@ -653,19 +660,19 @@ def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
             truth[row["video"]] = facts
             if len(rows) % 100 == 0:
                 say(f"drawn {len(rows)} of {num_clips} clips")
-    write_json(output_dir / "captions.json", rows)
-    write_json(output_dir / "raw_captions.json", raws)
-    write_json(output_dir / "truth.json", truth)
-    write_json(stamp, settings)
+    write_json(output_dir / "captions.json", rows, indent=1)
+    write_json(output_dir / "raw_captions.json", raws, indent=1)
+    write_json(output_dir / "truth.json", truth, indent=1)
+    write_json(stamp, settings, indent=1)
     say(f"{output_dir}: {num_clips} clips, {NUM_HELD_OUT} of them held out")
     return output_dir
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m demo.world", description="Draw the toy driving world.")
-    parser.add_argument("--output_dir", "--output-dir", default="output/demo/world", help="where the clips go")
-    parser.add_argument("--num_clips", "--num-clips", type=int, default=400, help="clips, the held-out ones included")
-    parser.add_argument("--seed", type=int, default=42, help="another seed, another world")
+    parser.add_argument("--output_dir", "--output-dir", default="output/demo/world", help="folder of the data set")
+    parser.add_argument("--num_clips", "--num-clips", type=int, default=400, help="clips, including those held out")
+    parser.add_argument("--seed", type=int, default=42, help="decides everything in the world")
     args = parser.parse_args(argv)
     if args.num_clips <= NUM_HELD_OUT:
         parser.error(f"--num_clips must be more than the {NUM_HELD_OUT} that are held out")

@@ -1,94 +1,52 @@
-"""What a detector sees in each clip: the evidence that stage 3 is paid by, and the one that evaluate.py judges by.
+"""Runs the detector on every clip: its boxes are the evidence for the stage-3 reward and for evaluate.py.
 
-    python -m stage3.detect_objects --config configs/stage3.yaml                       every clip, the reward's detector
-    python -m stage3.detect_objects --config configs/stage3.yaml --which judge         ... the judge's settings
-    torchrun --nproc_per_node 4 -m stage3.detect_objects --config configs/stage3.yaml  clips are shared out by rank
+    python -m stage3.detect_objects                                    all clips, the reward's detector
+    python -m stage3.detect_objects --which judge                      held-out clips, evaluate.py's detector
+    torchrun --nproc_per_node 4 -m stage3.detect_objects               clips are divided among the ranks
 
-Every box down to 0.10 confidence is kept, one JSON a clip, so that thresholds can be moved later without running the
-detector again. From the boxes follows evidence of three values for each class: present, absent, unknown.
+Boxes are kept from a confidence of 0.10, in one JSON file per clip, so thresholds can be changed later without running
+the detector again. stage3/evidence.py turns boxes into evidence.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import sys
-import typing
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+
+from training.common import DriveVLMError, fail, file_sha256, load_config, process_rank, run_main, write_json
+from training.config import DetectConfig, DetectorSettings
+
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
+    load_config(DetectConfig, default_config="configs/stage3.yaml", description=__doc__)
 
 import numpy as np
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from dataset import DataError, VideoError, load_entries, open_clip, resolve_video, split_by_video, spread_over_time
-from stage3.grpo_reward_func import Evidence
+from dataset import DataError, VideoError, load_entries, load_split, resolve_video, sample_clip
+from stage3.evidence import Evidence, clip_evidence
 from stage3.vocabulary_config import COCO_NAMES
-from training import DataConfig, load_config, opt, process_rank
 
-BOX_FLOOR = 0.10  # boxes under this confidence are not kept
-FORMAT = 1  # of the cache; a change here makes every older cache another folder
+BOX_FLOOR = 0.10  # boxes below this confidence are not kept
+FORMAT = 1  # version of the cache; a new one starts a new folder
+FINGERPRINT_KEYS = ("format", "weights", "weights_sha256", "image_size", "num_frames", "nms_iou")
 KNOWN_WEIGHTS = re.compile(r"yolo(v8|11|12)[nsmlx]\.pt")  # names that ultralytics offers for download
 DOWNLOADS = Path("output/weights")
-VEHICLE_BODIES = frozenset({"car", "truck", "bus"})  # one body that a detector may call by two of these names
+# ultralytics reads these when it is imported: install no packages, print no banner, unpickle nothing but weights
+for variable, value in {"YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false", "ULTRALYTICS_SAFE_LOAD": "1"}.items():
+    os.environ.setdefault(variable, value)
 
 
-class DetectionError(RuntimeError):
+class DetectionError(DriveVLMError, RuntimeError):
     """Weights or evidence that cannot be used; the message says what to do."""
-
-
-@dataclass
-class DetectorSettings:
-    """Detector: how clips are looked at (this makes the cache's folder), and what its boxes are taken to mean"""
-
-    weights: str = opt("yolov8x.pt", "a weights file, or a known name such as yolov8x.pt, which is then downloaded")
-    image_size: int = opt(1280, "longer side of the frames as the detector sees them; 640 loses far traffic lights")
-    num_frames: int = opt(31, "frames looked at; k * (model's frames - 1) + 1 holds the model's own and some between")
-    nms_iou: float = opt(0.7, "overlap at which two boxes of one class become one")
-    batch_size: int = opt(8, "frames a forward pass")
-
-    present_confidence: float = opt(0.5, "a class is present where it has this confidence in present_frames frames")
-    present_frames: int = opt(2, "... in so many frames")
-    strong_confidence: float = opt(0.7, "... or this confidence in one frame")
-    absent_confidence: float = opt(0.25, "a class is absent where it stays under this; between: unknown")
-    salient_area: float = opt(0.002, "a present class is salient (must be told) at this share of the frame's area")
-    salient_frames: int = opt(4, "... or if it is there (at present_confidence) in so many frames")
-    merge_iou: float = opt(0.7, "car, truck and bus boxes that overlap so much are one body: the weaker is unknown")
-
-
-BOX_SETTINGS = ("image_size", "num_frames", "nms_iou")  # with the weights, what decides which boxes come out
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings and weights
-
-
-def check_settings(settings: DetectorSettings, name: str = "detector", model_frames: int | None = None) -> list[str]:
-    """All that is wrong with `settings`, one line each; nothing slow is done and nothing downloaded.
-
-    model_frames: the number of frames that the model sees, where the detector must see these too (the reward's must).
-    """
-    problems = []
-    if not weights_path(settings.weights).is_file() and not KNOWN_WEIGHTS.fullmatch(settings.weights):
-        problems.append(f"{name}.weights: no such file, and no name that can be downloaded: {settings.weights} "
-                        "(names: yolov8n.pt .. yolov8x.pt, yolo11n.pt .. yolo11x.pt)")
-    for key in ("image_size", "num_frames", "batch_size", "present_frames", "salient_frames"):
-        if getattr(settings, key) < 1:
-            problems.append(f"{name}.{key}: must be at least 1, is {getattr(settings, key)}")
-    low, middle, high = settings.absent_confidence, settings.present_confidence, settings.strong_confidence
-    if not BOX_FLOOR <= low <= middle <= high <= 1:
-        problems.append(f"{name}: needs {BOX_FLOOR} <= absent_confidence <= present_confidence <= strong_confidence "
-                        f"<= 1, has {low}, {middle}, {high}")
-    if model_frames and model_frames > 1 and (settings.num_frames - 1) % (model_frames - 1):
-        fits = [k * (model_frames - 1) + 1 for k in (1, 2, 3)]
-        problems.append(f"{name}.num_frames: {settings.num_frames} frames do not hold the model's {model_frames}; "
-                        f"use {fits[0]}, {fits[1]}, {fits[2]} ...")
-    return problems
 
 
 def weights_path(weights: str) -> Path:
@@ -97,361 +55,309 @@ def weights_path(weights: str) -> Path:
     return DOWNLOADS / weights if not path.is_file() and KNOWN_WEIGHTS.fullmatch(weights) else path
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def weights_problems(settings: DetectorSettings, name: str) -> list[str]:
+    """One line if the weights are neither a file nor a name that can be downloaded. `name`: the key of `settings`."""
+    if weights_path(settings.weights).is_file() or KNOWN_WEIGHTS.fullmatch(settings.weights):
+        return []
+    return [f"{name}.weights: no such file, and no name that can be downloaded: {settings.weights} "
+            "(names: yolov8n.pt .. yolov8x.pt, yolo11n.pt .. yolo11x.pt)"]
 
 
-def fingerprint(settings: DetectorSettings) -> dict:
-    """What decides a clip's boxes. `weights_sha256` is None where the weights are not on this machine."""
-    path = weights_path(settings.weights)
-    return {
-        "format": FORMAT,
-        "weights": Path(settings.weights).name,
-        "weights_sha256": file_sha256(path) if path.is_file() else None,
-        **{key: getattr(settings, key) for key in BOX_SETTINGS},
-    }
-
-
-def _quiet_ultralytics(offline: bool) -> None:
-    """Must run before ultralytics is imported: it reads these once, then looks for the network and for updates."""
-    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
-    os.environ.setdefault("YOLO_VERBOSE", "false")
-    os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # weights-only unpickling of the .pt
-    if offline:
-        os.environ.setdefault("YOLO_OFFLINE", "true")
+def frames_problems(settings: DetectorSettings, name: str, model_frames: int) -> list[str]:
+    """One line if the detector would skip some of the `model_frames` frames that the model sees."""
+    step = model_frames - 1
+    if step < 1 or (settings.num_frames - 1) % step == 0:
+        return []
+    return [f"{name}.num_frames: {settings.num_frames} frames do not include the model's {model_frames}; "
+            f"use {step + 1}, {2 * step + 1}, {3 * step + 1} ..."]
 
 
 def get_weights(settings: DetectorSettings) -> Path:
-    """The weights as a file that exists, downloading a known name (once, under several ranks too)."""
+    """The weights as an existing file; a known name is downloaded first, by one process only."""
     path = weights_path(settings.weights)
-    if not path.is_file():
-        if not KNOWN_WEIGHTS.fullmatch(settings.weights):
-            raise DetectionError(f"detector weights: no such file: {path}")
-        _quiet_ultralytics(offline=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.is_file():
-                print(f"detector weights: downloading {settings.weights} (AGPL-3.0) to {path}", flush=True)
-                from ultralytics.utils.downloads import attempt_download_asset
+    if path.is_file():
+        return path
+    if not KNOWN_WEIGHTS.fullmatch(settings.weights):
+        raise DetectionError(f"detector weights: no such file: {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            print(f"detector weights: downloading {settings.weights} (AGPL-3.0) to {path}", flush=True)
+            from ultralytics.utils.downloads import attempt_download_asset
 
-                try:
-                    attempt_download_asset(path)
-                except (OSError, RuntimeError) as error:
-                    raise DetectionError(f"detector weights: {settings.weights} could not be downloaded ({error}); "
-                                         f"put the file at {path}") from error
+            try:
+                attempt_download_asset(path)
+            except (OSError, RuntimeError) as error:
+                raise DetectionError(f"detector weights: {settings.weights} could not be downloaded ({error}); "
+                                     f"put the file at {path}") from error
     return path
 
 
-def load_detector(settings: DetectorSettings):
-    """The ultralytics model. Its class ids must be COCO's: they are named by our own table, never by the file's."""
-    path = get_weights(settings)
-    _quiet_ultralytics(offline=True)
-    from ultralytics import YOLO
-
-    model = YOLO(str(path))
-    for class_id, name in model.names.items():
-        known = COCO_NAMES[class_id] if class_id < len(COCO_NAMES) else None
-        if name != known and not (name.isdigit() and known):  # a model built from a .yaml has "0" ..
-            raise DetectionError(f"{path}: class {class_id} is '{name}', but COCO's is '{known}': not a COCO detector")
-    return model
+def fingerprint(settings: DetectorSettings) -> dict:
+    """The settings that decide a clip's boxes. `weights_sha256` is None if the weights are not on this machine."""
+    path = weights_path(settings.weights)
+    sha256 = file_sha256(path) if path.is_file() else None
+    values = (FORMAT, Path(settings.weights).name, sha256, settings.image_size, settings.num_frames, settings.nms_iou)
+    return dict(zip(FINGERPRINT_KEYS, values, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Boxes: one JSON a clip
+class Detector:
+    """YOLO by ultralytics. To use another detector, write a class with the same two methods and pass it on:
+
+        class GroundingDINO:
+            def fingerprint(self) -> dict:
+                return {**fingerprint(settings), "transformers": transformers.__version__, "prompt": PROMPT}
+
+            def detect(self, frames) -> list:
+                return [self.find_boxes(frame) for frame in frames]
+
+        settings = DetectorSettings(weights="IDEA-Research/grounding-dino-base")
+        detect_clips(videos, video_root, settings, cache_dir, detector=GroundingDINO())
+
+    `load_evidence` with the same settings then reads its boxes, without the class.
+    """
+
+    def __init__(self, settings: DetectorSettings, device: str | None = None):
+        self.settings, self.device, self.weights = settings, device, get_weights(settings)
+
+    def fingerprint(self) -> dict:
+        """Whatever decides a clip's boxes: `fingerprint(settings)`, which names the cache, and for example versions of
+        libraries; a cache made with other versions is refused."""
+        return {**fingerprint(self.settings), "ultralytics": importlib.metadata.version("ultralytics")}
+
+    def detect(self, frames: np.ndarray) -> list[list[list[float]]]:
+        """frames: uint8 [K, H, W, 3] RGB -> for each frame its boxes [class id, confidence, x1, y1, x2, y2].
+
+        Class ids are indices of COCO_NAMES; x and y are fractions of the frame's width and height, in 0..1.
+        """
+        device = self.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        found = []
+        for start in range(0, len(frames), self.settings.batch_size):
+            batch = frames[start : start + self.settings.batch_size, ..., ::-1]  # ultralytics takes BGR
+            results = self.network.predict([np.ascontiguousarray(frame) for frame in batch], conf=BOX_FLOOR,
+                                           iou=self.settings.nms_iou, imgsz=self.settings.image_size, device=device,
+                                           verbose=False)
+            for result in results:
+                boxes = result.boxes
+                rows = torch.cat([boxes.cls[:, None], boxes.conf[:, None], boxes.xyxyn], dim=1).tolist()
+                found.append([])
+                for class_id, *numbers in sorted(rows, key=lambda row: -row[1]):
+                    found[-1].append([int(class_id), *(round(number, 4) for number in numbers)])
+        return found
+
+    @functools.cached_property
+    def network(self):
+        """The ultralytics model, loaded when it is first needed: a complete cache needs none."""
+        os.environ.setdefault("YOLO_OFFLINE", "true")  # no check for updates
+        from ultralytics import YOLO
+
+        network = YOLO(str(self.weights))
+        for class_id, name in network.names.items():  # ids are named by our table, so they must be COCO's
+            known = dict(enumerate(COCO_NAMES)).get(class_id)
+            if known is None or name not in (known, str(class_id)):  # a model built from a .yaml has "0", "1", ...
+                raise DetectionError(f"{self.weights}: class {class_id} is '{name}', but COCO's is '{known}': "
+                                     "not a COCO detector")
+        return network
 
 
-def clip_file(folder: Path, video: str) -> Path:
-    """Two videos of one name in two folders are two clips: the hash tells them apart."""
-    return folder / f"{Path(video).stem}-{hashlib.sha256(video.encode()).hexdigest()[:8]}.json"
+# ---- the cache: one folder per fingerprint, one JSON file per clip ---------------------------------------------------
+
+
+def identity(made_by: dict) -> dict:
+    """The part of a fingerprint to compare: weights by their hash where it is known, else by name."""
+    ignored = "weights" if made_by["weights_sha256"] else "weights_sha256"
+    return {key: value for key, value in made_by.items() if key != ignored}
 
 
 def cache_folder(cache_dir: Path | str, made_by: dict) -> Path:
-    """Other settings, another folder: boxes of two settings never mix. The weights count by their bytes alone."""
-    what = {key: value for key, value in made_by.items() if key != "weights"}
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    """Boxes made with other settings go to another folder, so they are never mixed."""
+    key = hashlib.sha256(json.dumps(identity(made_by), sort_keys=True).encode()).hexdigest()[:12]
     return Path(cache_dir) / f"{made_by['image_size']}px-{made_by['num_frames']}frames-{key}"
 
 
-def write_json(path: Path, value) -> None:
-    """Complete or absent, also when the run is killed here."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, separators=(",", ":")) + "\n")
-    os.replace(partial, path)
+def clip_file(folder: Path, video: str) -> Path:
+    """A clip's file; the hash distinguishes videos that have the same name in different folders."""
+    return folder / f"{Path(video).stem}-{hashlib.sha256(video.encode()).hexdigest()[:8]}.json"
 
 
-def read_clip(path: Path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> indices [K]; times [K], as fractions of the clip; frames uint8 [K, H, W, 3] RGB at native size and aspect.
-
-    The choice is the training's (`spread_over_time`). K < num_frames in clips that are shorter. Raises VideoError.
-    """
-    with open_clip(path) as reader:
-        starts = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
-        indices = np.unique(spread_over_time(starts, num_frames))
-        frames = reader.get_batch(indices.tolist()).asnumpy()
-    times = (starts[indices] - starts[0]) / max(starts[-1] - starts[0], 1e-9)
-    return indices, times, frames
-
-
-def detect_frames(model, frames: np.ndarray, settings: DetectorSettings, device: str) -> list[list[list[float]]]:
-    """frames: uint8 [K, H, W, 3] RGB -> for each frame its boxes [class id, confidence, x1, y1, x2, y2], in 0..1 of
-    the frame's width and height, most confident first."""
-    found = []
-    for start in range(0, len(frames), settings.batch_size):
-        batch = [np.ascontiguousarray(f[..., ::-1]) for f in frames[start : start + settings.batch_size]]  # BGR
-        results = model.predict(batch, conf=BOX_FLOOR, iou=settings.nms_iou, imgsz=settings.image_size,
-                                device=device, verbose=False)
-        for result in results:
-            boxes = result.boxes
-            rows = torch.cat([boxes.cls[:, None], boxes.conf[:, None], boxes.xyxyn], dim=1).tolist()
-            rows.sort(key=lambda row: -row[1])
-            found.append([[int(row[0])] + [round(value, 4) for value in row[1:]] for row in rows])
-    return found
+def read_record(file: Path) -> dict | None:
+    """A clip's record; None if there is none or it is damaged, so that the clip is detected again."""
+    try:
+        record = dict(json.loads(file.read_text(encoding="utf-8")))
+        if "error" in record:
+            return record
+        sound = record["bytes"] > 0 and len(record["frames"]) > 0
+        for frame in record["frames"]:
+            sound &= 0 <= frame["time"] <= 1
+            for class_id, *numbers in frame["boxes"]:
+                sound &= isinstance(class_id, int) and 0 <= class_id < len(COCO_NAMES)
+                sound &= len(numbers) == 5 and 0 <= min(numbers) <= max(numbers) <= 1
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+    return record if sound else None
 
 
-def _stands(file: Path, clip: Path) -> bool:
-    """Is the clip's record there, sound, and about this very file? A clip that failed is tried again."""
-    if not file.is_file():
-        return False
-    record = json.loads(file.read_text())
-    return "error" not in record and clip.is_file() and record["bytes"] == clip.stat().st_size
+def is_up_to_date(file: Path, clip: Path) -> bool:
+    """True if a valid record exists for this exact clip. A clip that failed is tried again."""
+    record = read_record(file)
+    return record is not None and "error" not in record and clip.is_file() and record["bytes"] == clip.stat().st_size
 
 
-def _open_cache(cache_dir: Path | str, made_by: dict, version: str) -> Path:
-    """The folder of these settings; one that another ultralytics made is refused rather than mixed."""
+def _open_cache(cache_dir: Path | str, made_by: dict, versions: dict) -> Path:
+    """The folder for these settings; refused if other versions made it, as their boxes must not be mixed."""
     folder = cache_folder(cache_dir, made_by)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"made_by": made_by, "ultralytics": version}
+    file = folder / "settings.json"
     with FileLock(f"{folder}.lock"):
-        if not (folder / "settings.json").is_file():
-            write_json(folder / "settings.json", about)
-    standing = json.loads((folder / "settings.json").read_text())
-    if standing["ultralytics"] != version:
-        raise DetectionError(f"{folder} was made by ultralytics {standing['ultralytics']}, here is {version}: "
-                             "install that version, or remove the folder to detect again")
+        if not file.is_file():
+            write_json(file, {"made_by": made_by, **versions})
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    differs = [f"{key} {stored.get(key)}, not {value}" for key, value in versions.items() if stored.get(key) != value]
+    if differs:
+        raise DetectionError(f"{folder} was made with {'; '.join(differs)}: "
+                             "go back to that, or remove the folder to detect again")
     return folder
 
 
-def detect_clips(videos: list[str], video_root: str, settings: DetectorSettings, cache_dir: Path | str,
-                 device: str | None = None, rank: int = 0, world_size: int = 1) -> dict[str, str]:
-    """Runs the detector over the clips of this rank that have no record yet; returns the failed ones with the reason.
+def detect_clips(videos: list[str], video_root: Path | str, settings: DetectorSettings, cache_dir: Path | str,
+                 rank: int = 0, world_size: int = 1, detector=None) -> dict[str, str]:
+    """Run the detector on this rank's clips that have no record yet; returns {video: reason} for clips that failed.
 
-    videos: as in the data file, repeats allowed. Each finished clip is on disk: a killed run continues where it was.
+    videos: as in the data file, repeats allowed. detector: any object with the two methods of `Detector`, which is the
+    default. A clip's record is written as soon as it is finished, so a killed run continues where it stopped.
     """
-    videos = sorted(set(videos))[rank::world_size]
-    get_weights(settings)
-    made_by, version = fingerprint(settings), importlib.metadata.version("ultralytics")
-    folder = _open_cache(cache_dir, made_by, version)
-    paths = {video: resolve_video(video_root, video) for video in videos}
-    todo = [video for video in videos if not _stands(clip_file(folder, video), paths[video])]
+    detector = detector or Detector(settings)
+    versions = dict(detector.fingerprint())
+    made_by = {key: versions.pop(key) for key in FINGERPRINT_KEYS}
+    folder = _open_cache(cache_dir, made_by, versions)
+    paths = {video: resolve_video(video_root, video) for video in sorted(set(videos))[rank::world_size]}
+    todo = [video for video, path in paths.items() if not is_up_to_date(clip_file(folder, video), path)]
     if not todo:
         return {}
-    model = load_detector(settings)
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     failed = {}
-    bar = tqdm(total=len(todo), desc=f"detect ({made_by['weights']})", unit="clip", disable=rank > 0)
-    for video, clip in _read_ahead(todo, paths, settings.num_frames):
-        record = {"video": video, "made_by": made_by, "ultralytics": version}
-        if isinstance(clip, VideoError):
-            failed[video] = record["error"] = str(clip)
+    clips = _read_ahead(todo, paths, settings.num_frames)
+    for video, future in tqdm(clips, f"detect ({made_by['weights']})", len(todo), unit="clip", disable=rank > 0):
+        record = {"video": video, "made_by": made_by, **versions}
+        try:
+            indices, times, frames = future.result()
+        except VideoError as error:
+            failed[video] = record["error"] = str(error)
         else:
-            boxes = detect_frames(model, clip[2], settings, device)
             record |= {"bytes": paths[video].stat().st_size, "frames": [
-                {"index": int(index), "time": round(float(time), 4), "boxes": found}
-                for index, time, found in zip(clip[0], clip[1], boxes, strict=True)
+                {"index": int(index), "time": round(float(time), 4), "boxes": boxes}
+                for index, time, boxes in zip(indices, times, detector.detect(frames), strict=True)
             ]}
-        write_json(clip_file(folder, video), record)
-        bar.update()
-    bar.close()
+        write_json(clip_file(folder, video), record, separators=(",", ":"))
+        if read_record(clip_file(folder, video)) is None:
+            raise DetectionError(f"{video}: boxes must be [class id, confidence, x1, y1, x2, y2] in 0..1; see Detector")
     return failed
 
 
 def _read_ahead(videos: list[str], paths: dict[str, Path], num_frames: int, depth: int = 2):
-    """Yields (video, clip or VideoError) in order, decoding the next clips while the detector works on this one."""
-
-    def read(video):
-        try:
-            return read_clip(paths[video], num_frames)
-        except VideoError as error:
-            return error
-
+    """Yield (video, future of its `sample_clip`) in order; the next clips are decoded while the detector works."""
     with ThreadPoolExecutor(depth) as pool:
         waiting = deque()
         for video in videos:
-            waiting.append((video, pool.submit(read, video)))
+            waiting.append((video, pool.submit(sample_clip, paths[video], num_frames)))
             if len(waiting) > depth:
-                video, future = waiting.popleft()
-                yield video, future.result()
-        for video, future in waiting:
-            yield video, future.result()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evidence
+                yield waiting.popleft()
+        yield from waiting
 
 
 def find_cache(cache_dir: Path | str, settings: DetectorSettings) -> Path:
-    """The folder under `cache_dir` that these settings made. Works without the weights and without ultralytics, as on
-    a machine to which only the evidence was copied; a cache of other settings is refused, naming what differs."""
-    want = fingerprint(settings)
-    del want["weights" if want["weights_sha256"] else "weights_sha256"]  # bytes tell more than a name, if they are here
+    """The folder in `cache_dir` that was made with these settings; if there is none, the error says what differs.
+
+    Works without the weights and without ultralytics, as on a machine to which only the evidence was copied.
+    """
+    want = identity(fingerprint(settings))
     others, fitting = [], []
     for file in sorted(Path(cache_dir).glob("*/settings.json")):
-        made_by = json.loads(file.read_text())["made_by"]
+        made_by = json.loads(file.read_text(encoding="utf-8"))["made_by"]
         differs = [f"{key} {made_by.get(key)}, not {value}" for key, value in want.items() if made_by.get(key) != value]
         if differs:
-            others.append(f"{file.parent.name}: {'; '.join(differs)}")
+            others.append(f"\n  {file.parent.name}: {'; '.join(differs)}")
         else:
             fitting.append(file.parent)
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise DetectionError(f"{cache_dir} holds several caches made by {want['weights']}, and the weights are not "
-                             f"here to tell which is meant: {', '.join(path.name for path in fitting)}")
-    there = "".join(f"\n  {line}" for line in others) or " nothing"
+        raise DetectionError(f"{cache_dir} has several caches that may be meant by {settings.weights}; put the weights "
+                             f"here or remove all but one: {', '.join(path.name for path in fitting)}")
     raise DetectionError(f"no evidence made with these settings in {cache_dir}; run python -m stage3.detect_objects "
-                         f"first. There is:{there}")
+                         f"first. It contains:{''.join(others) or ' nothing'}")
 
 
 def load_records(cache_dir: Path | str, videos: list[str], settings: DetectorSettings) -> dict[str, dict]:
-    """The clips' cached records, by video as in the data file. A clip that was never looked at is an error."""
+    """{video: the clip's cached record}; a clip without a record is an error."""
     folder = find_cache(cache_dir, settings)
-    files = {video: clip_file(folder, video) for video in videos}
-    missing = [video for video, file in files.items() if not file.is_file()]
+    records = {video: read_record(clip_file(folder, video)) for video in videos}
+    missing = [video for video, record in records.items() if record is None]
     if missing:
-        raise DetectionError(f"no evidence yet for {len(missing)} of {len(files)} clips ({', '.join(missing[:3])} ..); "
-                             "run python -m stage3.detect_objects again")
-    return {video: json.loads(file.read_text()) for video, file in files.items()}
+        raise DetectionError(f"no evidence yet for {len(missing)} of {len(records)} clips ({', '.join(missing[:3])} "
+                             "..); run python -m stage3.detect_objects again")
+    return records
 
 
 def load_evidence(cache_dir: Path | str, entries: list, settings: DetectorSettings) -> dict[str, Evidence | None]:
-    """entries: of dataset.load_entries -> evidence by `Entry.video`; None for a clip whose detection failed, which is
-    to say that nothing is known about it (and not that nothing is there)."""
+    """{entry.video: evidence} of dataset.Entry objects; None if detection failed, which means that nothing is known
+    about the clip, not that nothing is in it."""
     records = load_records(cache_dir, sorted({entry.video for entry in entries}), settings)
     return {video: clip_evidence(record, settings) for video, record in records.items()}
 
 
-@dataclass
-class Sightings:
-    """One class in one clip."""
-
-    confidence: float = 0.0  # highest
-    times: list[float] = field(default_factory=list)  # of frames at present_confidence, in 0..1
-    area: float = 0.0  # largest, share of the frame, at present_confidence or more
-
-
-def _iou(a: list[float], b: list[float]) -> float:
-    """Boxes as [x1, y1, x2, y2]."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    both = max(width, 0.0) * max(height, 0.0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
-    return both / union if union > 0 else 0.0
-
-
-def merge_bodies(boxes: list[list[float]], merge_iou: float) -> list[tuple[str, float, list[float], bool]]:
-    """-> (name, confidence, box, whole): a car, truck or bus box on the body of a more confident one of another name is
-    not whole: the detector has seen one thing and hesitates over its name."""
-    merged = []
-    for class_id, confidence, *box in sorted(boxes, key=lambda row: -row[1]):
-        name = COCO_NAMES[class_id]
-        doubled = name in VEHICLE_BODIES and any(
-            other in VEHICLE_BODIES and other != name and whole and _iou(box, body) >= merge_iou
-            for other, _, body, whole in merged
-        )
-        merged.append((name, confidence, box, not doubled))
-    return merged
-
-
-def clip_sightings(record: dict, settings: DetectorSettings) -> dict[str, Sightings]:
-    """What was seen of each class that has a box, over the frames of a clip's record."""
-    classes: dict[str, Sightings] = {}
-    for frame in record["frames"]:
-        for name, confidence, box, whole in merge_bodies(frame["boxes"], settings.merge_iou):
-            seen = classes.setdefault(name, Sightings())
-            if not whole:  # enough for doubt, never for presence
-                seen.confidence = max(seen.confidence, min(confidence, settings.absent_confidence))
-                continue
-            seen.confidence = max(seen.confidence, confidence)
-            if confidence >= settings.present_confidence:
-                seen.area = max(seen.area, (box[2] - box[0]) * (box[3] - box[1]))
-                if not seen.times or seen.times[-1] != frame["time"]:
-                    seen.times.append(frame["time"])
-    return classes
-
-
-def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
-    """The three-valued evidence of one clip; None where detection failed.
-
-    present: at present_confidence in present_frames frames, or at strong_confidence in one; unknown: at
-    absent_confidence or more, yet not present; salient: present, and large or long enough that a caption must tell
-    it; seen: first and last frame at present_confidence, as fractions of the clip.
-    """
-    if "error" in record:
-        return None
-    present, unknown, salient, times = set(), set(), set(), {}
-    for name, seen in clip_sightings(record, settings).items():
-        if len(seen.times) >= settings.present_frames or seen.confidence >= settings.strong_confidence:
-            present.add(name)
-            times[name] = (seen.times[0], seen.times[-1])
-            if seen.area >= settings.salient_area or len(seen.times) >= settings.salient_frames:
-                salient.add(name)
-        elif seen.confidence >= settings.absent_confidence:
-            unknown.add(name)
-    return Evidence(frozenset(present), frozenset(unknown), frozenset(salient), times)
-
-
 def frequency_table(records: dict[str, dict], settings: DetectorSettings) -> str:
-    """How often each class is present, salient and unknown over the clips that were read, most frequent first."""
-    evidence = [clip_evidence(record, settings) for record in records.values()]
-    evidence = [e for e in evidence if e is not None]
-    counts = {name: [sum(name in getattr(e, kind) for e in evidence) for kind in ("present", "salient", "unknown")]
-              for name in COCO_NAMES}
+    """In how many clips each class is present, salient and unknown, most frequent first."""
+    evidence = [clip_evidence(record, settings) for record in records.values() if "error" not in record]
+    present = Counter(name for clip in evidence for name in clip.present)
+    salient = Counter(name for clip in evidence for name in clip.salient)
+    unknown = Counter(name for clip in evidence for name in clip.unknown)
     lines = [f"{'class':16}{'present':>9}{'share':>8}{'salient':>9}{'unknown':>9}"]
-    for name, (present, salient, unknown) in sorted(counts.items(), key=lambda item: [-n for n in item[1]]):
-        if present or unknown:
-            lines.append(f"{name:16}{present:9}{present / len(evidence):8.0%}{salient:9}{unknown:9}")
+    for name in sorted(COCO_NAMES, key=lambda name: (-present[name], -salient[name], -unknown[name])):
+        if present[name] or unknown[name]:
+            share = present[name] / len(evidence)
+            lines.append(f"{name:16}{present[name]:9}{share:8.0%}{salient[name]:9}{unknown[name]:9}")
     lines.append(f"{len(evidence)} clips with evidence, {len(records) - len(evidence)} failed")
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class DetectConfig(DataConfig):
-    """Evidence"""
-
-    which: typing.Literal["detector", "judge"] = opt("detector", "the reward's settings (all clips) or the judge's "
-                                                                 "(held-out clips, for evaluate.py)")
-    evidence_cache: str = opt("output/evidence", "folder of the detector's boxes, one JSON a clip")
-    detector: DetectorSettings = opt(DetectorSettings, "what stage 3 is paid by")
-    judge: DetectorSettings = opt(DetectorSettings, "what evaluate.py judges by where there is no exact truth")
-
-    def problems(self) -> list[str]:
-        frames = self.num_frames if self.which == "detector" else None
-        found = super().problems() + check_settings(getattr(self, self.which), self.which, frames)
-        found += [f"{key}: not found: {path}" for key, path in (("data", self.data), ("video_root", self.video_root))
-                  if not Path(path).exists()]
-        return found
+def load_videos(config: DetectConfig) -> tuple[list[str], list[str]]:
+    """(clips to detect, problems of the data): all clips for the detector, held-out ones for the judge."""
+    files = [file for file in (config.data, config.val_data) if file]
+    missing = [f"no such data file or folder: {file}" for file in files if not Path(file).exists()]
+    if missing:
+        return [], missing
+    try:
+        if config.which == "judge":
+            entries = load_split(config)[1]
+        else:
+            entries = [entry for file in files for entry in load_entries(file, config.default_mode)]
+        videos = sorted({entry.video for entry in entries})
+        for video in videos:
+            resolve_video(config.video_root, video)  # raises for a path that leads out of the video root
+    except DataError as error:
+        return [], [str(error)]
+    return videos, []
 
 
 def main(argv: list[str] | None = None) -> int:
-    from evaluate import EvaluateConfig
-    from train_stage3 import Stage3Config
-
-    config = load_config(DetectConfig, argv, default_config="configs/stage3.yaml", description=__doc__,
-                         also=(Stage3Config, EvaluateConfig))
+    config = load_config(DetectConfig, argv, default_config="configs/stage3.yaml", description=__doc__)
     settings = getattr(config, config.which)
+    videos, problems = load_videos(config)
+    problems += weights_problems(settings, config.which)
+    if config.which == "detector":
+        problems += frames_problems(settings, "detector", config.num_frames)
+    if not Path(config.video_root).is_dir():
+        problems.append(f"video_root: no such folder: {config.video_root}")
+    if problems:
+        fail(problems)
     rank, world_size = process_rank()
-    entries = load_entries(config.data, config.default_mode)
-    if config.which == "judge":
-        entries = split_by_video(entries, config.num_val_videos, config.split_seed, config.video_root)[1]
-    videos = sorted({entry.video for entry in entries})
-    failed = detect_clips(videos, config.video_root, settings, config.evidence_cache, rank=rank, world_size=world_size)
+    failed = detect_clips(videos, config.video_root, settings, config.evidence_cache, rank, world_size)
     for video, reason in failed.items():
         print(f"no evidence: {video}: {reason}", file=sys.stderr)
-    if world_size > 1:  # the table is about all clips: wait for the other ranks
+    if world_size > 1:  # the table covers all clips: wait for the other ranks
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -465,7 +371,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (DataError, DetectionError) as error:
-        sys.exit(f"detect_objects: {error}")
+    run_main(main)

@@ -1,37 +1,31 @@
-"""Group-relative policy optimisation on a shared prefix: advantages, the loss, group rollouts, the training pass.
+"""Group-relative policy optimisation on a shared prefix: advantages, the loss, the training pass, the reference policy.
 
-    group_advantages, grpo_loss      pure functions on tensors
-    VisualTokens                     a clip's projected tokens, computed once and kept on disk
-    sample_groups                    G completions a prompt from one prefill
-    completion_logps                 their log-probs in one row a prompt: [prefix | c1 .. cG]
-    load_reference, reference        stage 2's adapter, frozen, beside the one that trains
+    group_advantages, grpo_loss            pure functions on tensors
+    completion_logps                       log-probs of completions, one row per prompt: [prefix | c1 .. cG]
+    load_reference, reference_policy       stage 2's adapter, frozen, beside the one that trains
 
-A prompt's clip is 1,296 tokens of the real model, an answer some 200: the prompt is what must not be repeated. So a
-row holds a prompt once and all of its completions behind it. Every position has an *owner* (the prompt, completion k,
-or nobody), and a position sees those of the prompt and of its own completion that stand before it; positions restart
-at the prompt's end for each completion. That is exact, in values and gradients, and serves both sampling and training.
-`shared_prefix=False` is the plain way, a row a completion, for models whose attention takes no such mask.
+A prompt's clip is 1,296 tokens of the real model, an answer about 200, so the prompt is processed once, not once per
+completion. A row holds a prompt and all of its completions behind it. Every position has an *owner* (the prompt,
+completion k, or nobody), and a position attends to earlier positions of the prompt and of its own completion; position
+numbers restart at the prompt's end for each completion. That is exact, in values and gradients, and serves sampling
+(stage3/rollout.py) and training. `shared_prefix=False` is the plain way, one row per completion, for models whose
+attention takes no such mask.
 
 Sampling, policy and reference share one distribution: the same temperature and the same banned ids; nothing is
-truncated (no top-p, no top-k). Completions are ids from sampling to loss; text is decoded for the reward alone.
+truncated (no top-p, no top-k). Completions are ids from sampling to loss; text is decoded for the reward only.
 """
 
-import hashlib
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
 
-from dataset import cached_frames, resolve_video
-from model import ModelError, adapter_hash, checkpoint_folder, head_logits, token_logps
+from model import ModelError, adapter_hash, checkpoint_folder, token_logps
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-MAX_LOG_DIFF = 20.0  # exp(20) = 4.9e8 is still far from float32's end, and no honest token moves that far
+MAX_LOG_DIFF = 20.0  # exp(20) = 4.9e8 is far below float32's maximum, and no real token changes that much
 STD_EPS = 1e-4
+SUMS = ("tokens", "kl", "clip", "clip_low", "clip_high", "entropy", "sampler_gap")  # over the tokens that count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,11 +35,12 @@ STD_EPS = 1e-4
 def group_advantages(rewards, scale="group", std_floor=0.0):
     """How much better each completion did than its group: `(r - mean) / (std + 1e-4)`.
 
-    rewards [B, G]: one row a prompt, one column a completion; finite. Returns [B, G] in rewards' dtype.
+    rewards [B, G]: one row per prompt, one column per completion; finite. Returns [B, G] in rewards' dtype.
     scale: "group" divides by the group's own std (Bessel's correction), "batch" by the std over all B * G rewards,
-    "none" leaves the difference as it is (Dr. GRPO). std_floor: stds under it count as it, so that a group whose
-    rewards hardly differ does not shout as loud as one whose rewards do. A group of equal rewards gets exact zeros.
-    ValueError: fewer than two completions a group, an unknown scale, a reward that is not finite.
+    "none" leaves the difference as it is (Dr. GRPO). std_floor: lower bound on the std, so that tiny reward
+    differences are not amplified. A group of equal rewards gets exact zeros.
+    ValueError: fewer than two completions per group, an unknown scale, a reward that is not finite.
+    Source: DeepSeekMath (2402.03300), section 4.1; Dr. GRPO (2503.20783), section 3.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [prompts, completions], 2 completions at least, not {list(rewards.shape)}")
@@ -64,7 +59,7 @@ def group_advantages(rewards, scale="group", std_floor=0.0):
 
 
 def has_variance(rewards):
-    """Which groups can teach anything: rewards [B, G] -> bool [B], False where all of a group's rewards are equal."""
+    """rewards [B, G] -> bool [B], False where all of a group's rewards are equal: it gives no gradient."""
     return rewards.amax(dim=1) > rewards.amin(dim=1)
 
 
@@ -93,7 +88,7 @@ def grpo_loss(
 
     logps [N, T]: log-probs of the sampled tokens under the policy; advantages [N]; mask [N, T]: true where a token
     counts. old_logps: those of the policy that sampled (None: this policy, so the ratio is 1 and only its gradient
-    works). ref_logps: those of the reference; needed where beta > 0. Per token, with w = exp(logp - old):
+    works). ref_logps: those of the reference policy; needed where beta > 0. Per token, with w = exp(logp - old):
 
         p = -min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A) + beta KL
         KL: k3 = exp(d) - d - 1 with d = ref - logp;  k2 = d^2 / 2
@@ -122,7 +117,7 @@ def grpo_loss(
         raise ValueError(f"logps, mask and advantages must be [N, T], [N, T] and [N], not {shapes}")
 
     mask = mask.bool()
-    dtype = torch.promote_types(logps.dtype, torch.float32)  # half precision is no place for exp
+    dtype = torch.promote_types(logps.dtype, torch.float32)  # exp needs more than half precision
 
     def clean(x):
         return torch.where(mask, x.to(dtype), 0.0)
@@ -167,88 +162,22 @@ def grpo_loss(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts: clips and questions
-
-
-class VisualTokens:
-    """Projected tokens of clips [N, D], from a folder of one file a clip.
-
-    Tower and projector are frozen in stage 3, so a clip goes through them once: alone (a batch would round otherwise)
-    and read back after writing, so that a fresh run and one that finds the folder full agree to the bit. The file's
-    name holds all that decides its content: tower, projector, frames, number type, the clip's size and time.
-    """
-
-    def __init__(self, model, folder, video_root, frame_cache=None):
-        self.model, self.folder, self.video_root, self.frame_cache = model, Path(folder), video_root, frame_cache
-        self.folder.mkdir(parents=True, exist_ok=True)
-        vision = {name: p for name, p in model.state_dict().items() if name.split(".")[0] in ("projector", "temporal")}
-        made_by = (model.base["vision_model"], adapter_hash(vision), model.num_frames, model.image_size, model.dtype)
-        self.made_by = repr(made_by)
-
-    def __call__(self, video):
-        """Tokens [N, D] of `video` as the data file names it; VideoError where it cannot be read."""
-        path = resolve_video(self.video_root, video)
-        stat = path.stat() if path.is_file() else None
-        clip = f"{self.made_by} {path} {stat and (stat.st_size, stat.st_mtime_ns)}"
-        file = self.folder / f"{hashlib.sha256(clip.encode()).hexdigest()[:32]}.safetensors"
-        if not file.is_file():
-            frames = cached_frames(path, self.model.num_frames, self.model.image_size, self.frame_cache)
-            with torch.no_grad():
-                tokens = self.model.encode_video(torch.as_tensor(frames)[None])[0]  # [N, D]
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            save_file({"tokens": tokens.cpu().contiguous()}, partial)
-            os.replace(partial, file)
-        return load_file(file)["tokens"].to(self.model.device)
-
-
-def prompts_of_step(entries, step, count, modes, seed):
-    """The `count` entries of optimizer step `step` (from 0): a pure function of its arguments, so a resumed run agrees.
-
-    Slots are dealt out to `modes` in turn (a mode named twice gets two slots in a round). Each mode's entries are gone
-    through in an order shuffled by (seed, mode, pass).
-    """
-    chosen, pools = [], {mode: [entry for entry in entries if entry.mode == mode] for mode in set(modes)}
-    for slot in range(step * count, (step + 1) * count):
-        mode = modes[slot % len(modes)]
-        pool = pools[mode]
-        before = slot // len(modes) * modes.count(mode) + modes[: slot % len(modes)].count(mode)
-        generator = torch.Generator().manual_seed(stable_seed(seed, mode, before // len(pool)))
-        chosen.append(pool[torch.randperm(len(pool), generator=generator)[before % len(pool)]])
-    return chosen
-
-
-def stable_seed(*parts):
-    """A 63-bit seed from anything that prints, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Owners: what may see what
+# The shared prefix: which position attends to which
 
 PREFIX, NOBODY = -2, -1  # owners of a position; completion k is owned by k
 
 
 @dataclass
-class Completion:
-    """One sampled answer: `ids` with its end token, `ended` by itself (not cut off), log-probs as sampled."""
-
-    ids: list[int]
-    ended: bool
-    text: str
-    logps: list[float]
-
-
-@dataclass
 class Group:
-    """A prompt with its completions: prompt ids, the clip's tokens [N, D], lists of completion ids."""
+    """A prompt with its completions: prompt ids, the clip's visual tokens [N, D], lists of completion ids."""
 
-    prompt: list[int]
+    prompt_ids: list[int]
     visual: torch.Tensor
-    completions: list[list[int]]
+    completion_ids: list[list[int]]
 
 
 def check_shared_prefix(llm):
-    """ModelError where the LM's attention would not keep to a mask of our own: set `shared_prefix: false` there."""
+    """ModelError where the LM's attention would ignore our own mask: set `shared_prefix: false` there."""
     attention = llm.config._attn_implementation
     layers = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
     if attention not in ("sdpa", "eager") or layers != {"full_attention"}:
@@ -259,111 +188,48 @@ def check_shared_prefix(llm):
 
 
 def attention_mask(model, visible):
-    """visible [R, Q, K] bool -> additive [R, 1, Q, K], which sdpa and eager both take."""
+    """bool [R, Q, K] -> additive mask [R, 1, Q, K], which sdpa and eager attention both take."""
     mask = torch.zeros_like(visible, dtype=model.dtype)
     return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)[:, None]
 
 
 def sees(query_owner, key_owner):
-    """[R, Q], [R, K] -> [R, Q, K]: a key of the prefix or of the query's own completion. The order is not looked at."""
+    """[R, Q], [R, K] -> bool [R, Q, K]: a key of the prefix or of the query's own completion, earlier or later."""
     key = key_owner[:, None, :]
     return (key == PREFIX) | ((key == query_owner[:, :, None]) & (key != NOBODY))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts
-
-
-def sample_tokens(logits, uniforms):
-    """logits [n, V], uniforms [n] in [0, 1) -> token ids [n], by inverting the cumulative distribution.
-
-    One number decides a token, so what a completion says does not hang on which others are decoded beside it. An id at
-    -inf has no width and is never met; in float64 the widths of 150,000 ids add up.
-    """
-    cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-
-
-@torch.no_grad()
-def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, shared_prefix=True):
-    """Sample len(seeds[p]) completions of every prompt, all prompts together: list [P] of lists [G] of Completion.
-
-    prompts: P lists of ids; visual [P, N, D]; seeds [P][G] ints; limits [P]: most new tokens. temperature 0 is greedy.
-    Each prompt is prefilled once. With `shared_prefix` its completions then take turns behind it in one row: a step
-    adds one token of each to the row's cache, and a mask keeps them apart; else the cache is expanded, a row each.
-    Finished completions leave the row, and rows without any leave the batch.
-    """
-    num_prompts, group = len(prompts), len(seeds[0])
-    width = group if shared_prefix else 1  # completions in one row
-    device, length = model.device, max(map(len, prompts))
-    ids = torch.tensor([[model.pad_token_id] * (length - len(p)) + p for p in prompts], device=device)  # [P, L]
-    owner = torch.tensor([[NOBODY] * (length - len(p)) + [PREFIX] * len(p) for p in prompts], device=device)
-    uniforms = [[torch.rand(limit, generator=torch.Generator().manual_seed(s)) for s in row]
-                for row, limit in zip(seeds, limits, strict=True)]
-    uniforms = torch.nn.utils.rnn.pad_sequence([u for row in uniforms for u in row], batch_first=True).to(device)
-    ends = torch.tensor(model.end_ids, device=device)
-    limits = torch.tensor(limits, device=device).repeat_interleave(group)  # [P * G]
-    said, said_logps = [[] for _ in limits], [[] for _ in limits]
-    with model.decoding(), model.autocast():
-        head = model.head_weight if device.type == "cuda" else model.head_weight.float()
-        cache = DynamicCache(config=model.causal_lm.config)
-        hidden = model.hidden_states(
-            model.embed(ids, visual), (owner == PREFIX).long(), past_key_values=cache, use_cache=True
-        )[:, -1:]  # [P, 1, D]
-        if width == 1:
-            cache.batch_repeat_interleave(group)
-            owner, hidden = owner.repeat_interleave(group, 0), hidden.repeat_interleave(group, 0)
-        slots = torch.arange(num_prompts * group, device=device).view(-1, width)  # [R, W]: the completion, or NOBODY
-        start = (owner == PREFIX).sum(1, keepdim=True)  # [R, 1]: position of the first new token
-        hidden = hidden.expand(-1, width, -1)  # [R, W, D]
-        for t in range(int(limits.max())):
-            alive = slots != NOBODY
-            which = slots[alive]  # [n]
-            with torch.autocast(device.type, enabled=False):
-                logits = head_logits(hidden[alive], head, temperature or 1.0, model.banned_ids)  # [n, V]
-            tokens = sample_tokens(logits, uniforms[which, t]) if temperature else logits.argmax(-1)
-            logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-            for k, token, logp in zip(which.tolist(), tokens.tolist(), logps.tolist(), strict=True):
-                said[k].append(token)
-                said_logps[k].append(logp)
-            done = torch.isin(tokens, ends) | (t + 1 >= limits[which])
-            slots = slots.masked_scatter(alive, torch.where(done, NOBODY, which))
-            if done.all():
-                break
-            token_at = torch.full_like(slots, model.pad_token_id).masked_scatter(alive, tokens)
-            if done.any():  # close the ranks: the living to the left, then drop empty columns and rows
-                order = (slots == NOBODY).long().argsort(dim=1, stable=True)[:, : (slots != NOBODY).sum(1).max()]
-                rows = (slots != NOBODY).any(1).nonzero()[:, 0]
-                slots, token_at = slots.gather(1, order)[rows], token_at.gather(1, order)[rows]
-                if len(rows) < len(owner):
-                    owner, start = owner[rows], start[rows]
-                    cache.batch_select_indices(rows)
-            owner = torch.cat([owner, slots], dim=1)  # [R, L + t + 1 ..]
-            visible = attention_mask(model, sees(slots, owner)) if shared_prefix else (owner != NOBODY).long()
-            hidden = model.hidden_states(
-                model.causal_lm.get_input_embeddings()(token_at), visible, position_ids=(start + t).expand_as(slots),
-                past_key_values=cache, use_cache=True,
-            )
-    made = [Completion(ids, ids[-1] in model.end_ids, model.answer(ids).text, logps)
-            for ids, logps in zip(said, said_logps, strict=True)]
-    return [made[p * group : (p + 1) * group] for p in range(num_prompts)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training pass
 
 
-def pack_groups(groups, pad_token_id):
-    """One row a group: [prompt | c1 .. cG], a completion without its last token (nothing is predicted from it).
+@dataclass
+class PackedGroups:
+    """Rows of `pack_groups`, right padded, and for all completions in order what predicts their tokens."""
 
-    Returns ids, owner, positions [R, L] (right padding: owner NOBODY), and for all completions in order [N, T]: which
-    flat index r * L + l predicts each token, the token itself, and the mask of real ones.
+    ids: torch.Tensor  # [R, L]
+    owner: torch.Tensor  # [R, L]; NOBODY in the padding
+    positions: torch.Tensor  # [R, L]
+    predictors: torch.Tensor  # [N, T] index r * L + l into the flattened rows of the position that predicts each token
+    targets: torch.Tensor  # [N, T] the token itself
+    mask: torch.Tensor  # [N, T] True for real tokens
+
+
+def pack_groups(groups, pad_token_id):
+    """One row per group: [prompt | c1 .. cG], completions without their last token (nothing is predicted from it).
+
+    For a prompt p0 p1 with completions a0 a1 a2 and b0 b1:
+
+        ids        p0 p1 | a0 a1 | b0
+        owner      -2 -2 |  0  0 |  1
+        positions   0  1 |  2  3 |  2
+        predictors  a: 1 2 3, b: 1 4     (a0 and b0 are both predicted from p1)
     """
     rows, predictors, targets = [], [], []
     for group in groups:
-        ids, n = list(group.prompt), len(group.prompt)
+        ids, n = list(group.prompt_ids), len(group.prompt_ids)
         owner, positions = [PREFIX] * n, list(range(n))
-        for k, completion in enumerate(group.completions):
+        for k, completion in enumerate(group.completion_ids):
             predictors.append([n - 1, *range(len(ids), len(ids) + len(completion) - 1)])
             targets.append(completion)
             ids += completion[:-1]
@@ -371,15 +237,20 @@ def pack_groups(groups, pad_token_id):
             positions += range(n, n + len(completion) - 1)
         rows.append((ids, owner, positions))
     length, longest = max(len(ids) for ids, _, _ in rows), max(map(len, targets))
-    first = [row * length for row, group in enumerate(groups) for _ in group.completions]
+    first = [row * length for row, group in enumerate(groups) for _ in group.completion_ids]
 
     def stack(lists, width, fill):
         return torch.tensor([list(x) + [fill] * (width - len(x)) for x in lists])
 
-    parts = zip(zip(*rows, strict=True), (pad_token_id, NOBODY, 0), strict=True)
-    packed = [stack(part, length, fill) for part, fill in parts]  # ids, owner, positions
-    mask = stack([[1] * len(t) for t in targets], longest, 0).bool()
-    return (*packed, stack(predictors, longest, 0) + torch.tensor(first)[:, None], stack(targets, longest, 0), mask)
+    ids, owner, positions = zip(*rows, strict=True)
+    return PackedGroups(
+        ids=stack(ids, length, pad_token_id),
+        owner=stack(owner, length, NOBODY),
+        positions=stack(positions, length, 0),
+        predictors=stack(predictors, longest, 0) + torch.tensor(first)[:, None],
+        targets=stack(targets, longest, 0),
+        mask=stack([[1] * len(target) for target in targets], longest, 0).bool(),
+    )
 
 
 def completion_logps(model, groups, *, temperature=1.0, shared_prefix=True):
@@ -389,41 +260,81 @@ def completion_logps(model, groups, *, temperature=1.0, shared_prefix=True):
     Gradients flow through prompt and completions. Entropy is that of the whole distribution, in nats, no gradient.
     """
     if not shared_prefix:
-        groups = [Group(g.prompt, g.visual, [completion]) for g in groups for completion in g.completions]
+        groups = [Group(g.prompt_ids, g.visual, [completion]) for g in groups for completion in g.completion_ids]
     packed = pack_groups(groups, model.pad_token_id)
-    ids, owner, positions, predictors, targets, mask = (x.to(model.device) for x in packed)
-    embeds = model.embed(ids, torch.stack([g.visual for g in groups]))
+    ids, owner, mask = packed.ids.to(model.device), packed.owner.to(model.device), packed.mask.to(model.device)
+    embeds = model.embed(ids, torch.stack([group.visual for group in groups]))  # [R, L, D]
     if shared_prefix:
-        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=model.device).tril()
-        hidden = model.hidden_states(embeds, attention_mask(model, sees(owner, owner) & earlier), positions)
+        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=model.device).tril()  # [L, L]
+        visible = sees(owner, owner) & earlier  # [R, L, L]
+        hidden = model.hidden_states(embeds, attention_mask(model, visible), packed.positions.to(model.device))
     else:
         hidden = model.hidden_states(embeds, (owner != NOBODY).long())
-    hidden = hidden.flatten(0, 1)[predictors[mask]]  # [tokens, D]
+    hidden = hidden.flatten(0, 1)[packed.predictors.to(model.device)[mask]]  # [tokens, D]
     logps, entropy = token_logps(
-        hidden, model.head_weight, targets[mask], temperature=temperature, banned=model.banned_ids
-    )
+        hidden, model.head_weight, packed.targets.to(model.device)[mask], temperature=temperature,
+        banned=model.banned_ids)
     empty = torch.zeros(mask.shape, device=model.device)
     return empty.masked_scatter(mask, logps), empty.masked_scatter(mask, entropy), mask
 
 
 def loss_share(loss_type, rows, step_rows, passes):
-    """What a pass's loss is multiplied with so that the passes of all ranks add up to the optimizer step's loss.
+    """The factor by which a pass's loss is multiplied, so that the passes of all ranks sum to the step's loss.
 
-    grpo and dr_grpo are means over rows: the pass's share of the rows. dapo has divided by the step's tokens already
-    (num_items). bnpo is a mean of passes, by definition: it alone depends on how the step is split.
+    grpo and dr_grpo are means over rows: the pass's share of the rows. dapo is already divided by the step's tokens
+    (num_items). bnpo is a mean of passes, by definition: only it depends on how the step is split.
     """
     return {"grpo": rows / step_rows, "dr_grpo": rows / step_rows, "dapo": 1.0, "bnpo": 1.0 / passes}[loss_type]
 
 
+def policy_logps(config, model, batch):
+    """(log-probs, entropy, mask), each [N, T], of the rollouts' completions under the active adapter."""
+    return completion_logps(model, [rollout.group for rollout in batch], temperature=config.temperature,
+                            shared_prefix=config.shared_prefix)
+
+
+def training_pass(config, model, batch, limits, old_logps, ref_logps, totals, sums):
+    """Forward and backward over some rollouts; gradients of their share of the step's loss add up in the parameters.
+
+    batch: stage3.rollout.Rollouts with advantages; limits: {mode: longest answer}; totals: what the step's loss is
+    divided by; old_logps [N, T]: log-probs before the first update (None: this is it). Statistics are added to `sums`.
+    Returns (the share of the loss, old_logps).
+    """
+    logps, entropy, mask = policy_logps(config, model, batch)  # [N, T]
+    advantages = torch.cat([rollout.advantages for rollout in batch]).to(logps.device)  # [N]
+    kept = torch.cat([rollout.kept for rollout in batch]).to(logps.device)  # [N]
+    first_pass = old_logps is None
+    if first_pass:  # how far training log-probs are from those of the sampler: 0 except for rounding
+        sampled = []
+        for rollout in batch:
+            for completion in rollout.completions:
+                sampled += completion.logps
+        gap = (logps.detach()[mask] - torch.tensor(sampled, device=logps.device)).abs()
+        gap = torch.zeros_like(logps).masked_scatter(mask, gap)
+    mask = mask & kept[:, None]
+    loss, stats = grpo_loss(
+        logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, beta=config.beta, epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high, loss_type=config.loss_type, kl=config.kl,
+        max_completion_tokens=max(limits.values()), num_items=totals.tokens)
+    loss = loss * loss_share(config.loss_type, len(logps), totals.rows, totals.passes)
+    loss.backward()
+    sums["tokens"] += stats["tokens"].item()
+    for key in ("kl", "clip", "clip_low", "clip_high"):
+        sums[key] += (stats[key] * stats["tokens"]).item()
+    sums["entropy"] += entropy[mask].sum().item()
+    if first_pass:  # measured once, but divided by the tokens of all inner epochs
+        sums["sampler_gap"] += gap[mask].sum().item() * config.inner_epochs
+    return loss.item(), logps.detach() if first_pass else old_logps
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Reference: the adapter that stage 2 left
+# The reference policy: the adapter that stage 2 left
 
 
 def load_reference(model, folder):
     """Load a checkpoint's adapter as the frozen adapter "reference" beside the one that trains; returns its hash."""
     folder = checkpoint_folder(folder)
     model.llm.load_adapter(str(folder / "adapter"), adapter_name="reference", is_trainable=False)
-    model.set_trainable(3)  # dropout 0 for this adapter too
     loaded, stored = adapter_hash(model.adapter_state("reference")), adapter_hash(folder)
     if loaded != stored:
         raise ModelError(f"the reference adapter differs from {folder / 'adapter'} after loading")
@@ -431,14 +342,13 @@ def load_reference(model, folder):
 
 
 @contextmanager
-def reference(model):
-    """Inside, the model is the reference; outside, the policy. A switch of adapters flips requires_grad in PEFT, not in
-    all versions alike: it is set right here."""
+def reference_policy(model):
+    """Inside, the model is the reference policy; outside, the one that trains."""
     model.llm.set_adapter("reference")
     try:
         yield
     finally:
         model.llm.set_adapter("default")
-        for name, parameter in model.llm.named_parameters():
+        for name, parameter in model.llm.named_parameters():  # PEFT versions differ, so we set requires_grad explicitly
             if ".lora_" in name:
                 parameter.requires_grad_(".default." in name)

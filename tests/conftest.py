@@ -1,4 +1,4 @@
-"""Small models and clips, made once a test session: random weights in the real file formats, no download."""
+"""Small models and clips, made once per test session: random weights in the real file formats, no downloads."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Like many chat models: a system turn that nobody asked for, other turn markers, eos closes the answer.
+# Like many chat models: inserts a system turn, has other turn markers, and ends the answer with eos.
 SYSTEM_TEMPLATE = (
     "<s>[SYS]You are a helpful assistant.[/SYS]\n"
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"

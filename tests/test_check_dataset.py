@@ -1,23 +1,30 @@
-"""check_dataset.py: every planted fault is found under its code; odd but sound data passes."""
+"""check_dataset.py: every planted fault is reported under its code; odd but sound data passes."""
 
 import json
 import os
 import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-from conftest import write_clip
+from conftest import ROOT, write_clip
 from test_dataset import set_rotation, write_ramp
 from transformers import AutoTokenizer
 
 import check_dataset
 import dataset
-from dataset import IGNORE_INDEX, MODES, load_entries, split_by_video
+from dataset import IGNORE_INDEX, MODE_TABLE, MODES, Mode, load_entries, split_by_video
+from training import workers
+from training.workers import in_processes
 
 LONG = "The car ahead stops at the light while a pedestrian crosses the road and the truck waits behind it. " * 6
 
@@ -56,7 +63,7 @@ def both(video, text="A car"):
 # Faults
 
 
-def test_faults_of_rows_and_texts(tiny, check):
+def test_faults_of_rows_and_texts_are_found(tiny, check):
     names = sorted(clip.name for clip in tiny.videos.glob("*.mp4"))
     car = names[0]
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
@@ -94,7 +101,7 @@ def test_faults_of_rows_and_texts(tiny, check):
     assert report["counts"]["errors"] == len(errors) and set(codes(report)) <= set(check_dataset.CODES)
 
 
-def test_a_file_that_is_no_json_is_a_problem_of_the_data(check, tmp_path):
+def test_a_file_that_is_not_json_is_a_problem_of_the_data(check, tmp_path):
     exit_code, report = check([], "--no-video")
     assert exit_code == 1 and codes(report) == {"no_rows": 1}
     (tmp_path / "broken.json").write_text('[{"video": ')
@@ -105,7 +112,7 @@ def test_a_file_that_is_no_json_is_a_problem_of_the_data(check, tmp_path):
     assert exit_code == 1 and codes(report)["bad_unicode"] == 1
 
 
-def test_faults_of_clips(tiny, check, tmp_path, monkeypatch):
+def test_faults_of_clips_are_found(tiny, check, tmp_path, monkeypatch):
     videos = tmp_path / "videos"
     shutil.copytree(tiny.videos, videos)
     write_clip(videos / "whole.mp4", num_frames=120, codec="libx264")
@@ -128,7 +135,7 @@ def test_faults_of_clips(tiny, check, tmp_path, monkeypatch):
         if path.name == "hangs.mp4":
             time.sleep(1000)
         if path.name == "crashes.mp4":
-            os._exit(139)  # as a segmentation fault in the decoder would
+            os._exit(139)  # like a segmentation fault in the decoder
         return real(path, *args)
 
     monkeypatch.setattr(check_dataset, "check_clip", check_clip)
@@ -150,8 +157,8 @@ def test_faults_of_clips(tiny, check, tmp_path, monkeypatch):
     assert {e.video for e in kept} == {c.name for c in tiny.videos.glob("*.mp4")} and len(kept) == 12
 
 
-def test_damage_that_decord_would_hide(tiny, check, tmp_path):
-    """Packets without a picture: decord repeats the frame before, unless its fault tolerance is set."""
+def test_damage_that_decord_would_hide_is_found(tiny, check, tmp_path):
+    """Packets without a picture: decord repeats the previous frame unless its fault tolerance is set."""
     import av
 
     videos = tmp_path / "videos"
@@ -167,7 +174,7 @@ def test_damage_that_decord_would_hide(tiny, check, tmp_path):
         for packet in packets:
             out.mux(packet)
         for k in range(1, 16):
-            packet = av.Packet(bytes.fromhex("000001b65000"))  # a picture header that says: nothing coded
+            packet = av.Packet(bytes.fromhex("000001b65000"))  # a picture header that says "nothing coded"
             packet.stream, packet.time_base, packet.pts, packet.dts = stream, base, end + k, end + k
             out.mux(packet)
     rows = [both(clip.name) for clip in videos.glob("*.mp4")]
@@ -185,7 +192,7 @@ def seed_that_parts(rows, one, other, tmp_path):
             return seed
 
 
-def test_leaks_across_the_split(tiny, check, tmp_path):
+def test_leaks_across_the_split_are_found(tiny, check, tmp_path):
     videos = tmp_path / "videos"
     shutil.copytree(tiny.videos, videos)
     (videos / "sub").mkdir()
@@ -199,7 +206,7 @@ def test_leaks_across_the_split(tiny, check, tmp_path):
     assert exit_code == 1 and [(p["code"], p["where"].split()[0]) for p in leaks] == [("split_leak", "sub/car.mp4")]
     assert codes(report)["duplicate_clip"] == 1
     seed = seed_that_parts(rows, "bus.mp4", "sub/bus.mp4", tmp_path)
-    assert "split_leak" in codes(check(rows, "--split_seed", seed, "--no-video")[1])  # by name alone
+    assert "split_leak" in codes(check(rows, "--split_seed", seed, "--no-video")[1])  # from the file names only
 
     rows = [both(name) for name in names if "sub" not in name]
     rows[0]["microscope"] = rows[1]["microscope"] = [LONG]
@@ -209,7 +216,7 @@ def test_leaks_across_the_split(tiny, check, tmp_path):
         assert code in codes(check(rows, "--split_seed", seed, "--no-video")[1])
 
 
-def test_a_clip_held_out_here_but_trained_on_by_another_stage(check, tiny, tmp_path):
+def test_a_clip_held_out_here_but_trained_on_by_another_stage_is_found(check, tiny, tmp_path):
     names = sorted(path.name for path in tiny.videos.glob("*.mp4"))
     rows = [both(name) for name in names]
     other = tmp_path / "stage1.json"
@@ -223,6 +230,37 @@ def test_a_clip_held_out_here_but_trained_on_by_another_stage(check, tiny, tmp_p
         assert exit_code == 1 and leaks and all(str(other) in p["message"] for p in leaks)
     other.write_text("{}", encoding="utf-8")
     assert "unknown_format" in codes(check(rows, "--no-video", "--other_data", other)[1])
+
+
+def test_val_data_is_checked_and_held_out(tiny, check, tmp_path):
+    names = sorted(path.name for path in tiny.videos.glob("*.mp4"))
+    rows = [both(name) for name in names]
+
+    def run(train, val, *flags):
+        (tmp_path / "val.json").write_text(json.dumps(val), encoding="utf-8")
+        return check(train, "--val_data", tmp_path / "val.json", "--num_val_videos", 40, "--no-video", *flags)
+
+    exit_code, report = run(rows[:4], rows[4:])
+    counts = report["counts"]
+    assert exit_code == 0 and (counts["train_clips"], counts["held_out_clips"], counts["rows"]) == (4, 2, 6)
+    assert counts["modes"]["copilot"] == {"train": 4, "held_out": 2}
+    exit_code, report = run(rows[:4], [*rows[4:], {"video": names[5], "copilot": [" "]}])
+    assert exit_code == 1 and codes(report, "error") == {"empty_caption": 1}
+    assert report["problems"][0]["where"] == "val.json row 3"
+    other = {"video": f"./{names[1]}", "copilot": ["Other words."]}  # a clip that both files hold
+    sound = tmp_path / "sound.jsonl"
+    exit_code, report = run(rows[:4], [*rows[4:], other], "--drop-bad", sound)
+    leak, = [p for p in report["problems"] if p["level"] == "error"]
+    assert exit_code == 1 and leak["code"] == "split_leak" and leak["where"] == f"{names[1]} (rows.json row 2)"
+    assert leak["message"] == "trained on, but also held out by val.json row 3"
+    kept = {entry.video for entry in load_entries(sound)}
+    assert kept == {names[0], names[2], names[3]}  # rows of `data` only: val_data stays as it is
+    exit_code, report = run(rows[:4], [])
+    assert exit_code == 1 and codes(report, "error") == {"no_rows": 1}
+    (tmp_path / "stage1.json").write_text(json.dumps(rows[5:]), encoding="utf-8")  # all of it would be trained on
+    exit_code, report = run(rows[:4], rows[4:], "--other_data", tmp_path / "stage1.json")
+    leak, = [p for p in report["problems"] if p["level"] == "error"]
+    assert leak["code"] == "split_leak" and leak["where"] == Path(names[5]).stem
 
 
 RENDERERS = {  # a broken renderer, and the code under which it must be found
@@ -320,7 +358,29 @@ def test_cut_captions_are_counted_and_keep_their_end(tiny, check):
     assert "caption_cut" not in codes(check(rows, "--no-video", "--max_text_tokens", int(tokens["max"]))[1])
 
 
-def test_the_real_captions(shared, check, tiny):
+def test_modes_come_from_the_table(tiny, check, monkeypatch, tmp_path):
+    monkeypatch.setitem(MODE_TABLE, "hazards", Mode("List the hazards.", wordings=("Dangers?",), word_range=(1, 3)))
+    monkeypatch.setitem(MODES, "hazards", "List the hazards.")
+    rows = [both(clip.name) for clip in tiny.videos.glob("*.mp4")]
+    assert [p["message"] for p in check(rows, "--no-video")[1]["problems"] if p["code"] == "mode_missing"] == [
+        "no hazards entries"]
+    for line in rows:
+        line["hazards"] = [f"A child in {line['video']}."]
+    rows[0]["hazards"] = ["A child runs behind the bus."]
+    exit_code, report = check(rows, "--no-video")
+    assert exit_code == 0 and report["counts"]["modes"]["hazards"] == {"train": 4, "held_out": 2}
+    lengths = {p["where"]: p["message"] for p in report["problems"] if p["code"] == "caption_length"}
+    assert lengths["6 of 6 hazards captions"] == "4 to 6 words, expected 1 to 3"
+    assert "hazards" in (tmp_path / "out" / "check_dataset" / "report.html").read_text(encoding="utf-8")
+    rows.append({"video": rows[0]["video"], "q": "Dangers?", "mode": "copilot", "a": "None."})
+    assert codes(check(rows, "--no-video")[1], "error") == {"ambiguous_prompt": 1}
+    rows.pop()
+    config = tmp_path / "check.yaml"
+    config.write_text("word_range: {hazards: [1, 9], copilot: [1, 9], microscope: [1, 9]}")
+    assert codes(check(rows, "--no-video", "--config", config)[1]) == {}
+
+
+def test_the_real_captions_pass(shared, check, tiny):
     data, tokenizer = shared / "bdd_captions_300.json", shared / "qwen3_tokenizer"
     exit_code, report = check([], "--data", data, "--no-video", "--num_val_videos", 40, "--num_frames", 16,
                               "--max_text_tokens", 1024, llm=tokenizer, vision="google/siglip2-so400m-patch14-384")
@@ -343,11 +403,39 @@ def test_the_real_captions(shared, check, tiny):
     (["--num_frames", "many"], "num_frames"),
     (["--build_cache", "--no_video"], "exclude each other"),
     (["--clip_timeout", "0"], "clip_timeout"),
+    (["--val_data", "nowhere.json"], "val_data: no file or folder nowhere.json"),
+    (["--other_data", "nowhere.json"], "other_data: no file or folder nowhere.json"),
+    (["--default_mode", "poem"], "default_mode: no mode 'poem'; modes are microscope, copilot"),
+    (["--pooling", "5"], "vision_model: "),
 ])
 def test_usage_errors_exit_2(tiny, check, capsys, flags, text):
     with pytest.raises(SystemExit) as error:
         check(json.loads(tiny.data.read_text()), *flags)
     assert error.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_a_data_file_is_never_overwritten(tiny, check, tmp_path, capsys):
+    rows = json.loads(tiny.data.read_text())
+    for flags in (["--drop-bad", tmp_path / "rows.json"], ["--drop-bad", tiny.data, "--val_data", tiny.data]):
+        with pytest.raises(SystemExit) as error:
+            check(rows, *flags)
+        assert error.value.code == 2 and "would be overwritten" in capsys.readouterr().err
+
+
+def test_all_missing_inputs_are_in_one_message(check, capsys):
+    with pytest.raises(SystemExit):
+        check([], "--data", "none.json", "--other_data", "other.json", video_root="nowhere", llm="./no_model")
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("4 problems", "none.json", "other.json", "nowhere", "no_model"))
+
+
+def test_help_and_mistyped_flags_are_answered_before_the_slow_imports():
+    code = ("import runpy, sys\nsys.argv = ['check_dataset.py', *sys.argv[1:]]\n"
+            "try:\n    runpy.run_path('check_dataset.py', run_name='__main__')\n"
+            "finally:\n    assert 'torch' not in sys.modules and 'pebble' not in sys.modules")
+    for flag, status, text in (("--help", 0, "--clip_timeout"), ("--sorcery", 2, "sorcery")):
+        done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status and text in done.stdout + done.stderr, done.stderr
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tiny, check, tmp_path, capsys):
@@ -362,19 +450,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tiny, check, tmp_path, c
 def test_build_cache_decodes_every_clip_once(tiny, check, tmp_path, monkeypatch):
     rows = json.loads(tiny.data.read_text())
     exit_code, report = check(rows, "--build-cache")
-    assert exit_code == 0 and report["counts"]["frame_cache"]["files"] == 6
+    assert exit_code == 0 and len(list((tmp_path / "cache").rglob("*.frames"))) == 6
     monkeypatch.setattr(dataset, "read_frames", None)
     for clip in tiny.videos.glob("*.mp4"):
         assert dataset.cached_frames(clip, 2, 96, tmp_path / "cache").shape == (2, 96, 96, 3)
 
 
-def test_build_cache_stops_at_the_limit(tiny, check, tmp_path):
-    rows = json.loads(tiny.data.read_text())
-    exit_code, report = check(rows, "--build-cache", "--cache_limit_gb", 1e-9)
-    assert exit_code == 0 and codes(report)["cache_full"] == 6 and report["counts"]["frame_cache"]["files"] == 0
-
-
-def test_reports(tiny, check, tmp_path, capsys):
+def test_reports_hold_counts_problems_and_coloured_tokens(tiny, check, tmp_path, capsys):
     rows = [both(clip.name, "A <b>car</b>") for clip in tiny.videos.glob("*.mp4")]
     rows += [{"video": f"lost_{i}.mp4", "copilot": [f"Car {i}."]} for i in range(30)]
     _, report = check(rows, "--json", tmp_path / "sub" / "copy.json")
@@ -382,7 +464,7 @@ def test_reports(tiny, check, tmp_path, capsys):
     assert set(report) == {"ok", "counts", "problems"}
     assert set(report["problems"][0]) == {"level", "code", "where", "message"}
     page = (tmp_path / "out" / "check_dataset" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<article>") == 2 and page.count("data:image/jpeg;base64,") == 4
+    assert page.count("tokens supervised") == 2 and page.count("data:image/jpeg;base64,") == 4
     assert "http" not in page and "<b>car" not in page and "<b>" not in page.split("What the loss sees")[1]
     assert page.count('<span class="t end">&lt;|im_end|&gt;</span>') == 2
     assert "&lt;|video_pad|&gt; × 32</span>" in page  # 2 frames x 16 tokens, folded
@@ -393,9 +475,64 @@ def test_reports(tiny, check, tmp_path, capsys):
 
 def test_every_code_is_explained():
     source = open(check_dataset.__file__, encoding="utf-8").read() + open(dataset.__file__, encoding="utf-8").read()
-    import re
-
-    used = set(re.findall(r'(?:error|warning|RowError)\(\s*"([a-z_]+)"', source))
+    used = set(re.findall(r'RowError\(\s*"([a-z_]+)"', source))
     used |= set(re.findall(r'yield "([a-z_]+)"', source)) | set(re.findall(r'"(?:error|warning)", "([a-z_]+)"', source))
-    used |= set(re.findall(r'"code": "([a-z_]+)"', source)) | {"end_token_lost"}
+    used |= set(re.findall(r'"code": "([a-z_]+)"', source))
     assert used == set(check_dataset.CODES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Worker processes
+
+
+def test_workers_that_hang_or_die_are_replaced():
+    def work(item):
+        if item % 5 == 1:
+            os._exit(139)  # like a segmentation fault in the decoder
+        if item % 5 == 2:
+            time.sleep(1000)
+        return os.getpid(), 10 * item
+
+    results = {item: (answer, failure) for item, answer, failure in in_processes(work, range(10), 2, timeout=1.0)}
+    assert sorted(results) == list(range(10))
+    for item, (answer, failure) in results.items():
+        assert failure == {1: "died", 2: "hung"}.get(item % 5)
+        assert answer is None if failure else (answer[0] != os.getpid() and answer[1] == 10 * item)
+    assert not psutil.Process().children()
+
+
+def test_an_error_in_a_worker_is_raised_with_its_trace():
+    def broken(item):
+        raise KeyError(f"item {item}")
+
+    with pytest.raises(KeyError, match="item 0") as error:
+        list(in_processes(broken, range(3), 1))
+    assert "in broken" in str(error.value.__cause__)
+    assert not psutil.Process().children()
+
+
+def test_workers_end_with_their_parent():
+    """A parent killed with SIGKILL cannot clean up: idle workers must notice at once, and busy ones eventually."""
+    code = """
+import os, sys, time
+from training.workers import in_processes
+def work(item):
+    print(os.getpid(), flush=True)
+    time.sleep(item)
+for _ in in_processes(work, [0.01, 0.01, 2, 2], 2, timeout=60): pass
+time.sleep(100)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    running = [psutil.Process(int(parent.stdout.readline())) for _ in range(4)]
+    parent.kill()
+    _, alive = psutil.wait_procs(set(running), timeout=15)
+    assert not alive
+
+
+def test_a_hung_worker_ends_without_its_parent(monkeypatch):
+    """A hung worker runs no Python code and cannot notice; the alarm that was set beforehand ends it."""
+    alarms = []
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    workers._start_worker.__globals__.update(_function=lambda item: alarms.append(item), _timeout=120.0)
+    workers._work_on("decoding")
+    assert alarms == [300, "decoding", 0]

@@ -1,26 +1,29 @@
-"""Rows, split, renderer, frames, cache, dataset, collate and sampler, on small clips and tokenizers."""
+"""Rows, split, renderer, clips, cache, dataset and collate, on small clips and tokenizers."""
 
 import json
 import multiprocessing
 import os
 import struct
-import time
 import unicodedata
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_clip
 from transformers import AutoTokenizer
 
 import dataset
 from dataset import (
     IGNORE_INDEX,
+    MODE_TABLE,
     MODES,
+    Clip,
     DataError,
     Entry,
-    EpochSampler,
+    Mode,
     VideoError,
     VideoInstructDataset,
     cached_frames,
@@ -31,16 +34,18 @@ from dataset import (
     fit_answer,
     frame_indices,
     load_entries,
+    load_split,
     placeholder_id,
     read_frames,
     resolve_video,
+    sample_clip,
     split_by_video,
     spread_over_time,
 )
 
 
 def write_ramp(path, times, width=128, height=96, codec="mpeg4"):
-    """A clip whose frame i, shown at times[i] seconds, is grey of level 6 i, with a white upper left quarter."""
+    """A clip whose frame i, shown at times[i] seconds, has grey level 6 i and a white upper left quarter."""
     import av
 
     with av.open(str(path), "w") as out:
@@ -127,7 +132,7 @@ def test_bddx_csv_gives_the_same_entry(tmp_path):
     assert load_entries(file) == [Entry("x#copilot", "x.mov", "copilot", MODES["copilot"], (ANSWER,))]
 
 
-def test_one_row_for_both_modes_and_a_folder_of_files(tmp_path):
+def test_a_row_may_hold_both_modes_and_a_folder_may_hold_several_files(tmp_path):
     write_rows(tmp_path / "b.json", [{"video": "1.mp4", "microscope": ["A.", "B."], "copilot": ["C."]}])
     (tmp_path / "a.jsonl").write_text(json.dumps({"video": "0.mp4", "q": "?", "a": "x", "mode": "copilot"}))
     (tmp_path / "notes.txt").write_text("no rows")
@@ -142,11 +147,38 @@ def test_text_is_nfc_and_the_file_name_stays_as_given(tmp_path):
     assert entry.captions == ("A café",) and entry.video == f"{nfd}.mp4" and entry.id == "café#copilot"
 
 
-def test_default_mode(tmp_path):
+def test_default_mode_is_used_for_unknown_questions(tmp_path):
     file = write_rows(tmp_path / "r.json", [{"video": "x.mp4", "q": "What happens?", "a": "A car stops."}])
-    with pytest.raises(DataError, match="r.json row 1.*no standard question"):
+    with pytest.raises(DataError, match="r.json row 1.*is not a known question"):
         load_entries(file)
     assert load_entries(file, default_mode="copilot")[0].mode == "copilot"
+    with pytest.raises(DataError, match="default_mode is 'poem'; modes are microscope, copilot"):
+        load_entries(file, default_mode="poem")
+
+
+def test_wordings_of_a_mode_are_recognised(monkeypatch):
+    row = {"video": "x.mp4", "q": "Give a short summary.", "a": "A car stops."}
+    with pytest.raises(dataset.RowError):
+        dataset.parse_row(row)
+    changed = replace(MODE_TABLE["copilot"], wordings=("What happens?", "Give a short summary."))
+    monkeypatch.setitem(MODE_TABLE, "copilot", changed)
+    entry, = dataset.parse_row(row, default_mode="microscope")
+    assert (entry.mode, entry.question) == ("copilot", "Give a short summary.")
+    standard, = dataset.parse_row({**row, "q": MODES["copilot"]})
+    assert standard.mode == "copilot"
+
+
+def test_a_third_mode_is_read_once_it_is_in_the_tables(monkeypatch):
+    row = {"video": "x.mp4", "hazards": ["A child runs."], "copilot": ["Brake."]}
+    assert [entry.mode for entry in dataset.parse_row(row)] == ["copilot"]
+    monkeypatch.setitem(MODE_TABLE, "hazards", Mode("List the hazards."))
+    monkeypatch.setitem(MODES, "hazards", "List the hazards.")
+    copilot, hazards = dataset.parse_row(row)
+    assert hazards == Entry("x#hazards", "x.mp4", "hazards", "List the hazards.", ("A child runs.",))
+    assert dataset.parse_row({"video": "x.mp4", "hazards": ["A child runs."]}) == [hazards]
+    assert dataset.parse_row({"video": "x.mp4", "q": "List the hazards.", "a": "A child runs."}) == [hazards]
+    with pytest.raises(dataset.RowError, match="modes are microscope, copilot, hazards"):
+        dataset.parse_row({"video": "x.mp4", "q": "?", "a": "!"})
 
 
 BAD = [
@@ -184,19 +216,22 @@ def test_bad_rows_have_a_code_and_say_what_is_wrong(row, code, text):
 @pytest.mark.parametrize("text, count, problem", [
     ("[]", 0, None), (" [\n ] \n", 0, None), ("", 0, None),
     ('[{"video": "a"} , {"video": "b"}\n]', 2, None), ('[{"video": "a]["}]', 1, None),
-    ('[{"video": "a"} {"video": "b"}]', 1, "expected"), ('[{"video": "a"}', 1, "expected"),
-    ('[{"video": "a"}, ]', 1, "Expecting"), ('[{"video": "a', 0, "Unterminated"), ("[{]", 0, "Expecting"),
+    ('[{"video": "a"} {"video": "b"}]', 0, "Expecting"), ('[{"video": "a"}', 0, "Expecting"),
+    ('[{"video": "a"}, ]', 0, "not valid JSON"), ('[{"video": "a', 0, "Unterminated"), ("[{]", 0, "Expecting"),
+    ('[{"video": "a"}]\n[{"video": "b"}]', 0, "Extra data: line 2"), ('[{"video": "a"}] and more', 0, "Extra data"),
     ('{"video": "a"}\n\n{"video":\u2028"b"}', 1, "not valid"), ('{"video": "a\\u2028"}\n{"video": "b\u2028"}', 2, None),
 ])
-@pytest.mark.parametrize("step", [1, 7, 1 << 20])
-def test_lists_are_parsed_piece_by_piece(tmp_path, text, count, problem, step, monkeypatch):
-    monkeypatch.setattr(dataset._items_of_list, "__defaults__", (step,))
+def test_a_list_is_parsed_as_a_whole_and_json_lines_one_by_one(tmp_path, text, count, problem):
     (tmp_path / "r.json").write_text(text, encoding="utf-8")
     rows = [row for _, row in dataset.read_rows(tmp_path / "r.json")]
     errors = [row for row in rows if isinstance(row, DataError)]
     assert len(rows) - len(errors) == count
     assert [row["video"][0] for row in rows if isinstance(row, dict)] == list("ab")[:count]
-    assert len(errors) == bool(problem) and all(problem in str(error) for error in errors)
+    assert len(errors) == bool(problem)
+    assert all(problem in str(error) and error.code == "unknown_format" for error in errors)
+    if problem:
+        with pytest.raises(DataError, match=f"bad rows?\n(.*\n)?  r.json row .*{problem}"):
+            load_entries(tmp_path / "r.json")
 
 
 def test_all_bad_rows_are_named_in_one_message(tmp_path):
@@ -204,7 +239,7 @@ def test_all_bad_rows_are_named_in_one_message(tmp_path):
     with pytest.raises(DataError) as error:
         load_entries(write_rows(tmp_path / "r.json", [good, {"video": "a"}, good, {"q": "b"}]))
     assert "2 bad rows" in str(error.value) and "row 2" in str(error.value) and "row 4" in str(error.value)
-    with pytest.raises(DataError, match="r.json row 1: .* no UTF-8 text"):
+    with pytest.raises(DataError, match="r.json row 1: .* not UTF-8 text"):
         (tmp_path / "r.json").write_bytes(b'[{"video": "caf\xe9"}]')
         load_entries(tmp_path / "r.json")
     with pytest.raises(DataError, match="not valid JSON"):
@@ -225,7 +260,7 @@ def both(video):
     return [Entry(f"{video[:-4]}#{mode}", video, mode, MODES[mode], ("A car.",)) for mode in MODES]
 
 
-def test_split_keeps_a_clip_on_one_side_in_any_order():
+def test_split_keeps_a_clip_on_one_side_whatever_the_order_of_rows():
     entries = [entry for i in range(50) for entry in both(f"{i:02}.mp4")]
     train, val = split_by_video(entries, 10, seed=42)
     assert len(val) == 20 and len(train) == 80
@@ -238,17 +273,48 @@ def test_split_keeps_a_clip_on_one_side_in_any_order():
         split_by_video(entries, 50)
 
 
-def test_split_sees_through_links_and_spellings(tmp_path):
+def test_split_treats_links_and_other_spellings_as_one_clip(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.mp4").write_bytes(b"clip")
     (tmp_path / "link.mp4").symlink_to(tmp_path / "0.mp4")
     entries = [*both("0.mp4"), *both("./1.mp4"), *both("link.mp4"), *both("1.mp4"), *both("2.mp4"), *both("3.mp4")]
     for seed in range(10):
         train, val = split_by_video(entries, 2, seed, video_root=tmp_path)
-        sides = [{dataset.clip_key(e.video, tmp_path) for e in side} for side in (train, val)]
-        assert not sides[0] & sides[1] and len(sides[1]) == 2
+        trained = {dataset.clip_key(entry.video, tmp_path) for entry in train}
+        held_out = {dataset.clip_key(entry.video, tmp_path) for entry in val}
+        assert not trained & held_out and len(held_out) == 2
     plain = [entry for i in range(6) for entry in both(f"{i}.mp4")]
     assert split_by_video(plain, 2, 1, video_root=tmp_path) == split_by_video(plain, 2, 1)
+
+
+def split_config(tmp_path, rows, val_rows=None, **changes):
+    (tmp_path / "videos").mkdir(exist_ok=True)
+    config = SimpleNamespace(data=write_rows(tmp_path / "train.json", rows), val_data=None, default_mode=None,
+                             video_root=tmp_path / "videos", num_val_videos=2, split_seed=1)
+    if val_rows is not None:
+        config.val_data = write_rows(tmp_path / "val.json", val_rows)
+    return SimpleNamespace(**vars(config) | changes)
+
+
+def test_load_split_splits_data_where_there_is_no_val_data(tmp_path):
+    config = split_config(tmp_path, [{"video": f"{i}.mp4", "copilot": [f"Car {i}."]} for i in range(6)])
+    assert load_split(config) == split_by_video(load_entries(config.data), 2, 1, config.video_root)
+    with pytest.raises(DataError, match="none left"):
+        load_split(split_config(tmp_path, [{"video": "0.mp4", "copilot": ["Car."]}]))
+
+
+def test_val_data_is_the_held_out_side(tmp_path):
+    rows = [{"video": f"{i}.mp4", "copilot": [f"Car {i}."]} for i in range(6)]
+    config = split_config(tmp_path, rows[:4], rows[4:], num_val_videos=40)
+    train, val = load_split(config)
+    assert train == load_entries(config.data) and val == load_entries(config.val_data)
+    (tmp_path / "videos" / "2.mp4").write_bytes(b"clip")
+    (tmp_path / "videos" / "link.mp4").symlink_to(tmp_path / "videos" / "2.mp4")
+    for video in ("1.mp4", "./1.mp4", "link.mp4"):  # however it is spelled
+        with pytest.raises(DataError, match="1 of its clips are also in .*train.json: " + video):
+            load_split(split_config(tmp_path, rows[:4], [*rows[4:], {**rows[0], "video": video}]))
+    with pytest.raises(DataError, match="1 of its clips are also in .*train.json: 2.mp4"):
+        load_split(split_config(tmp_path, [{**rows[0], "video": "link.mp4"}], [rows[2]]))
 
 
 def test_paths_stay_inside_the_video_root(tmp_path):
@@ -277,7 +343,7 @@ def test_paths_stay_inside_the_video_root(tmp_path):
 # The renderer
 
 
-def test_prompt_of_the_real_qwen3_tokenizer(shared):
+def test_the_prompt_of_the_real_qwen3_tokenizer_is_as_expected(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "qwen3_tokenizer")
     head, start, video, end = [151644, 872, 198], [151652], [151656] * 3, [151653]
     question = [74785, 279, 2766, 304, 7716, 13]
@@ -290,7 +356,7 @@ def test_prompt_of_the_real_qwen3_tokenizer(shared):
     assert ids == tokenizer.encode(text + "<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
 
 
-def test_prompt_without_vision_tokens_and_without_the_system_turn(llama):
+def test_the_prompt_omits_missing_vision_tokens_and_the_system_turn(llama):
     pieces = chat_pieces(llama)
     assert llama.decode(pieces.before_user) == "<s>[INST] " and llama.decode(pieces.after_user) == " [/INST]"
     assert llama.decode(pieces.turn_end) == "</s>" and pieces.vision_start == pieces.vision_end == ()
@@ -298,7 +364,7 @@ def test_prompt_without_vision_tokens_and_without_the_system_turn(llama):
     assert llama.decode(encode_prompt(llama, "What?", 2)) == "<s>[INST] <extra_1><extra_1>What? [/INST]"
 
 
-TEMPLATES = {  # template, and what must stand around "Q" with turn end E
+TEMPLATES = {  # template, and what must be around "Q" with turn end E
     "gemma": (
         "<s>{% for m in messages %}<start>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}E\n"
         "{% endfor %}{% if add_generation_prompt %}<start>model\n{% endif %}",
@@ -320,7 +386,7 @@ TEMPLATES = {  # template, and what must stand around "Q" with turn end E
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_pieces_of_other_templates(tiny, name):
+def test_pieces_of_other_templates_are_found(tiny, name):
     template, before, after = TEMPLATES[name]
     tokenizer = AutoTokenizer.from_pretrained(tiny.llm_plain)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "E", "<pad_1>"]})
@@ -373,7 +439,7 @@ def test_control_text_is_refused(qwen, text):
         encode_prompt(qwen, text, 1)
 
 
-def test_control_text_that_is_not_marked_special_is_refused(tiny):
+def test_control_text_is_refused_even_if_it_is_not_marked_special(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny.llm)
     tokenizer.add_tokens(["<think>", "    ", "pedestrian"])
     assert dataset.find_control_text(tokenizer, "I <think> so") == "<think>"
@@ -401,7 +467,7 @@ def test_the_end_token_is_never_lost(request, name):
         encode_example(tokenizer, MODES["copilot"], answer, 7, least - 1)
 
 
-def test_fit_answer_tells_a_cut(qwen):
+def test_fit_answer_reports_a_cut(qwen):
     assert fit_answer(qwen, "A car.", 100) == (qwen.encode("A car."), False)
     ids, cut = fit_answer(qwen, "A car. " * 30, 20)
     assert cut and len(ids) <= 20 and qwen.decode(ids).endswith("car.")
@@ -411,7 +477,7 @@ def test_fit_answer_tells_a_cut(qwen):
 # Frames
 
 
-def test_frame_indices():
+def test_frame_indices_are_even_and_include_both_ends():
     assert frame_indices(100, 4).tolist() == [0, 33, 66, 99]
     assert frame_indices(3, 6).tolist() == [0, 0, 1, 1, 2, 2]
     assert frame_indices(1, 3).tolist() == [0, 0, 0] and frame_indices(9, 1).tolist() == [0]
@@ -419,7 +485,7 @@ def test_frame_indices():
         frame_indices(0, 4)
 
 
-def test_spread_over_time():
+def test_uneven_frames_are_chosen_evenly_over_time():
     even = np.arange(40) / 8
     assert spread_over_time(even, 7).tolist() == frame_indices(40, 7).tolist()
     uneven = np.concatenate([np.arange(20) / 20, 1 + np.arange(5)])  # 20 frames in the first of 5 s
@@ -428,7 +494,7 @@ def test_spread_over_time():
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
-def test_read_frames_takes_both_ends(tmp_path, codec):
+def test_read_frames_includes_both_ends(tmp_path, codec):
     write_ramp(tmp_path / "clip.mp4", np.arange(40) / 8, codec=codec)
     frames = read_frames(tmp_path / "clip.mp4", 8, 96)
     assert frames.shape == (8, 96, 96, 3) and frames.dtype == np.uint8
@@ -452,8 +518,46 @@ def test_rotation_tags_are_respected(tmp_path, degrees, corner):
     frames = read_frames(tmp_path / "clip.mp4", 2, 96)
     white = frames[0].reshape(2, 48, 2, 48, 3).mean((1, 3, 4))
     assert np.unravel_index(white.argmax(), (2, 2)) == corner
-    with dataset.open_clip(tmp_path / "clip.mp4") as reader:
-        assert reader[0].shape == ((128, 96, 3) if degrees in (90, 270) else (96, 128, 3))
+    with Clip(tmp_path / "clip.mp4") as clip:
+        assert clip.size == ((96, 128) if degrees in (90, 270) else (128, 96))
+
+
+def test_a_clip_gives_its_size_times_and_frames(tmp_path):
+    write_clip(tmp_path / "seconds.mp4", num_frames=20)
+    with Clip(tmp_path / "seconds.mp4") as clip:
+        assert clip.size == (320, 180) and clip.times.tolist() == (np.arange(20) / 8).tolist()
+    write_ramp(tmp_path / "clip.mp4", np.arange(40) / 8)
+    with Clip(tmp_path / "clip.mp4") as clip:
+        assert clip.size == (128, 96)
+        assert clip.choose(8).tolist() == frame_indices(40, 8).tolist()
+        frames = clip.frames([9, 0, 39, 9])
+        assert frames.shape == (4, 96, 128, 3) and frames.dtype == np.uint8 and levels(frames) == [9, 0, 39, 9]
+        with pytest.raises(VideoError, match="clip.mp4"):
+            clip.frames([40])
+    with Clip(tmp_path / "clip.mp4", (64, 80)) as clip:
+        assert clip.size == (64, 80) and clip.frames([0]).shape == (1, 80, 64, 3)
+    (tmp_path / "text.mp4").write_bytes(b"hello" * 99)
+    with pytest.raises(VideoError, match="not a readable video"):
+        Clip(tmp_path / "text.mp4")
+
+
+def test_an_error_of_the_caller_is_not_reported_as_one_of_the_clip(tmp_path):
+    write_ramp(tmp_path / "clip.mp4", np.arange(4) / 8)
+    with pytest.raises(RuntimeError, match="mine") as error, Clip(tmp_path / "clip.mp4"):
+        raise RuntimeError("mine")
+    assert not isinstance(error.value, VideoError)
+
+
+def test_sample_clip_returns_the_frames_of_training_without_repeats(tmp_path):
+    write_ramp(tmp_path / "clip.mp4", np.arange(40) / 8)
+    indices, times, frames = sample_clip(tmp_path / "clip.mp4", 5)
+    assert indices.tolist() == levels(frames) == frame_indices(40, 5).tolist() and frames.shape[1:] == (96, 128, 3)
+    assert np.allclose(times, indices / 39, atol=0.01)
+    write_ramp(tmp_path / "short.mp4", np.arange(3) / 8)
+    indices, times, frames = sample_clip(tmp_path / "short.mp4", 5)
+    assert indices.tolist() == levels(frames) == [0, 1, 2] and np.allclose(times, [0, 0.5, 1], atol=0.05)
+    write_ramp(tmp_path / "one.mp4", [0])
+    assert [part.tolist() for part in sample_clip(tmp_path / "one.mp4", 5)[:2]] == [[0], [0]]
 
 
 def test_unreadable_clips_say_why(tmp_path):
@@ -479,7 +583,7 @@ def test_unreadable_clips_say_why(tmp_path):
 
 @pytest.fixture
 def decodes(monkeypatch):
-    """How often clips are decoded in this process."""
+    """Records every decoding of a clip in this process."""
     count = []
     decode = dataset.read_frames
     monkeypatch.setattr(dataset, "read_frames", lambda *args: count.append(args) or decode(*args))
@@ -513,7 +617,7 @@ def test_a_changed_clip_is_decoded_again(tmp_path, decodes):
     assert len(decodes) == 3
 
 
-def test_damaged_and_foreign_cache_files_are_made_again(tiny, tmp_path, decodes):
+def test_damaged_and_foreign_cache_files_are_replaced(tiny, tmp_path, decodes):
     whole = cached_frames(tiny.videos / "car.mp4", 4, 96, tmp_path)
     file, = cache_files(tmp_path)
     sound = file.read_bytes()
@@ -538,58 +642,38 @@ def test_an_unreadable_clip_leaves_nothing_in_the_cache(tmp_path):
     assert not cache_files(tmp_path / "cache")
 
 
-def test_the_cache_can_be_limited(tiny, tmp_path, decodes):
-    one = 4 * 96 * 96 * 3
-    clips = sorted(tiny.videos.glob("*.mp4"))
-    dataset.limit_cache(tmp_path, 2.5 * one / 1e9)
-    for clip in clips:
-        dataset._has_room.cache_clear()
-        cached_frames(clip, 4, 96, tmp_path)
-    files, size = dataset.cache_size(tmp_path)
-    assert files == 2 and 2 * one < size < 2.5 * one
-    assert len(decodes) == 6
-    for name, age in (("old", 1e6), ("young", 1)):
-        (files_left := tmp_path / "ab" / f".{name}.tmp").parent.mkdir(exist_ok=True)
-        files_left.write_bytes(b"half")
-        os.utime(files_left, (time.time() - age,) * 2)
-    dataset.limit_cache(tmp_path, None)
-    assert [left.name for left in tmp_path.glob("ab/.*")] == [".young.tmp"]
-    for clip in clips:
-        cached_frames(clip, 4, 96, tmp_path)
-    assert dataset.cache_size(tmp_path)[0] == 6 and len(decodes) == 10
+def _fill_cache(videos, cache, together):
+    replace_file = os.replace
+
+    def replace_together(*paths):
+        together.wait(60)  # until all processes have decoded this clip and written their temporary file
+        replace_file(*paths)
+
+    dataset.os.replace = replace_together
+    for clip in sorted(videos.glob("*.mp4")):
+        np.testing.assert_array_equal(cached_frames(clip, 8, 96, cache), read_frames(clip, 8, 96))
 
 
-def _build(videos, cache, log):
-    decode = dataset.read_frames
-
-    def counted(path, *args):
-        with open(log, "a") as file:
-            file.write(f"{path}\n")
-        return decode(path, *args)
-
-    dataset.read_frames = counted
-    for _ in range(3):
-        for clip in sorted(videos.glob("*.mp4")):
-            cached_frames(clip, 8, 96, cache)
-
-
-def test_processes_share_a_cache_and_its_work(tiny, tmp_path):
-    spawn = multiprocessing.get_context("fork")
-    log = tmp_path / "decoded.txt"
-    processes = [spawn.Process(target=_build, args=(tiny.videos, tmp_path / "cache", log)) for _ in range(3)]
+def test_processes_share_a_cache(tiny, tmp_path, decodes):
+    """Processes may decode one clip at the same time: each gets complete frames; one sound file per clip remains."""
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(3)
+    arguments = (tiny.videos, tmp_path / "cache", together)
+    processes = [context.Process(target=_fill_cache, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
     clips = sorted(tiny.videos.glob("*.mp4"))
-    assert sorted(log.read_text().split()) == [str(c.resolve()) for c in clips]
+    assert len(cache_files(tmp_path / "cache")) == len(clips) and not list((tmp_path / "cache").rglob("*.tmp"))
     for clip in clips:
         np.testing.assert_array_equal(cached_frames(clip, 8, 96, tmp_path / "cache"), read_frames(clip, 8, 96))
+    assert not decodes  # read from the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dataset, collate, sampler
+# Dataset and collate
 
 
 @pytest.fixture
@@ -601,7 +685,7 @@ def make_dataset(tiny, qwen):
     return make
 
 
-def test_examples(make_dataset, qwen, tiny):
+def test_examples_hold_frames_ids_and_labels(make_dataset, qwen, tiny):
     ds = make_dataset(train=False)
     assert len(ds) == 12
     example = ds[3]
@@ -675,24 +759,13 @@ def test_collate_pads_to_the_longest_and_masks_by_position(make_dataset, tiny, l
         assert batch["attention_mask"][row, :length].all()
 
 
-def test_sampler_drops_the_last_incomplete_step():
-    sampler = EpochSampler(23, 4, seed=1)
-    first = list(sampler)
-    assert len(first) == len(sampler) == 20 and len({i for _, i in first}) == 20
-    assert {e for e, _ in first} == {0} and list(sampler) == first
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert {e for e, _ in second} == {1} and [i for _, i in second] != [i for _, i in first]
-    assert list(EpochSampler(23, 4, seed=2)) != first
-    with pytest.raises(DataError, match="3 training examples"):
-        EpochSampler(3, 4, seed=0)
-
-
-def test_a_loader_with_workers(make_dataset, qwen):
+def test_a_loader_with_workers_gives_every_example(make_dataset, qwen):
     ds = make_dataset()
-    sampler = EpochSampler(len(ds), 4, seed=0)
+    order = [(0, index) for index in np.random.default_rng(0).permutation(12).tolist()]
     loader = torch.utils.data.DataLoader(
-        ds, batch_size=4, sampler=sampler, num_workers=2, collate_fn=lambda rows: collate(rows, qwen.pad_token_id)
+        ds, batch_size=4, sampler=order, num_workers=2, collate_fn=lambda rows: collate(rows, qwen.pad_token_id)
     )
-    ids = [i for batch in loader for i in batch["ids"]]
-    assert ids == [ds.entries[index].id for _, index in sampler]
+    batches = list(loader)
+    ids = [i for batch in batches for i in batch["ids"]]
+    assert ids == [ds.entries[index].id for _, index in order]
+    assert torch.equal(batches[0]["frames"][0], ds[order[0]]["frames"])

@@ -1,4 +1,4 @@
-"""The demo's runner: finished parts are not done again, cut-off ones go on, changed ones are redone.
+"""The demo's runner: finished parts are not done again, cut-off ones continue, changed ones are redone.
 
     python -m pytest tests/test_demo.py
 """
@@ -19,7 +19,7 @@ WRITE = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=Tru
 
 @pytest.fixture
 def parts(tmp_path, monkeypatch):
-    """Two parts in a folder of their own; the second trains and is configured by a YAML."""
+    """Two parts in their own folder; the second trains and has a YAML configuration."""
     monkeypatch.setattr(demo, "OUT", tmp_path / "out")
     config = tmp_path / "b.yaml"
     config.write_text("x: 1")
@@ -43,10 +43,10 @@ def test_finished_parts_are_not_done_again(parts, capsys):
     assert first[1][0].endswith("--resume auto")
 
 
-def test_a_cut_off_part_goes_on_in_its_folder(parts):
+def test_a_cut_off_part_continues_in_its_folder(parts):
     demo.run_parts(parts)
     stamp = demo.OUT / ".done" / "b.json"
-    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "seconds": None}))  # started, not ended
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "seconds": None}))  # started but not finished
     demo.run_parts(parts)
     assert [len(log) for log in logs(parts)] == [1, 2]  # what b had written was kept
 
@@ -55,7 +55,7 @@ def test_a_changed_config_redoes_its_part_and_what_follows(parts, tmp_path):
     demo.run_parts(parts)
     (tmp_path / "b.yaml").write_text("x: 2")
     demo.run_parts(parts)
-    assert [len(log) for log in logs(parts)] == [1, 1]  # b anew, in an empty folder; a untouched
+    assert [len(log) for log in logs(parts)] == [1, 1]  # b again, in an empty folder; a untouched
     parts[0].command[-1] = "otherwise"
     demo.run_parts(parts)
     assert [log[0].split()[-1] for log in logs(parts)][0] == "otherwise"

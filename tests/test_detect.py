@@ -1,33 +1,38 @@
-"""Evidence: three values from boxes, one JSON a clip that is resumed and never mixed; the toy detector assembled."""
+"""Evidence: three values from boxes; one JSON per clip, resumed and never mixed; the shipped and other detectors."""
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dataset import Entry, frame_indices
+from dataset import Entry, frame_indices, sample_clip
 from demo.assemble_detector import BASE, assemble, build_network
 from demo.base_detector import IMAGE_SIZE, measure
 from stage3 import detect_objects
 from stage3.detect_objects import (
+    BOX_FLOOR,
     DetectionError,
-    DetectorSettings,
-    check_settings,
-    clip_evidence,
+    Detector,
     detect_clips,
-    detect_frames,
+    fingerprint,
+    frames_problems,
     frequency_table,
-    load_detector,
     load_evidence,
     load_records,
-    merge_bodies,
-    read_clip,
+    weights_problems,
 )
+from stage3.evidence import clip_evidence, evidence_dict, merge_bodies
 from stage3.vocabulary_config import COCO_NAMES
+from training.config import DetectorSettings
 
+ROOT = Path(__file__).resolve().parents[1]
 IDS = {name: index for index, name in enumerate(COCO_NAMES)}
 SETTINGS = DetectorSettings(weights="none.pt")
 SMALL, LARGE = (0.1, 0.1, 0.12, 0.12), (0.3, 0.3, 0.6, 0.6)
@@ -49,13 +54,13 @@ def clip(*frames):
         ([0.55, 0.50], "present"),  # two frames
         ([0.71], "present"),  # one strong frame
         ([0.69], "unknown"),  # one weak frame
-        ([0.49, 0.49, 0.49, 0.49], "unknown"),  # often, never sure
+        ([0.49, 0.49, 0.49, 0.49], "unknown"),  # often seen, never with enough confidence
         ([0.25], "unknown"),
         ([0.24, 0.24, 0.24], "absent"),
         ([], "absent"),
     ],
 )
-def test_three_values(confidences, value):
+def test_a_class_is_present_unknown_or_absent_by_its_confidences(confidences, value):
     evidence = clip_evidence(clip(*[[box("bus", c)] for c in confidences], []), SETTINGS)
     assert ("bus" in evidence.present, "bus" in evidence.unknown) == (value == "present", value == "unknown")
 
@@ -65,7 +70,7 @@ def test_two_boxes_of_one_frame_are_one_sighting():
     assert evidence.present == frozenset() and evidence.unknown == {"person"}
 
 
-def test_salient_by_area_or_by_duration():
+def test_a_class_is_salient_by_area_or_by_duration():
     small, large = [box("person", 0.6, SMALL)], [box("car", 0.6)]
     assert clip_evidence(clip(small, small, large, large), SETTINGS).salient == {"car"}
     assert clip_evidence(clip(small, small, small, small), SETTINGS).salient == {"person"}
@@ -85,25 +90,54 @@ def test_overlapping_car_and_truck_are_one_body():
     assert evidence.present == {"car"} and evidence.unknown == {"truck"}
     apart = [box("truck", 0.6), box("car", 0.8, (0.6, 0.6, 0.9, 0.9))]
     assert clip_evidence(clip(apart, apart), SETTINGS).present == {"car", "truck"}
-    rider = [box("person", 0.8), box("motorcycle", 0.8, shifted)]  # two things may well overlap
+    rider = [box("person", 0.8), box("motorcycle", 0.8, shifted)]  # two objects may overlap
     assert clip_evidence(clip(rider, rider), SETTINGS).present == {"person", "motorcycle"}
 
 
-def test_failed_clip_has_no_evidence():
+def test_only_other_names_of_one_body_become_unknown():
+    twins = [box("car", 0.9), box("car", 0.8)]
+    assert [whole for *_, whole in merge_bodies(twins, 0.7)] == [True, True]
+    queue = [box(name, confidence, (0.3 + shift, 0.3, 0.6 + shift, 0.6))
+             for name, confidence, shift in (("truck", 0.9, 0.0), ("car", 0.8, 0.05), ("bus", 0.7, 0.1))]
+    assert [whole for *_, whole in merge_bodies(queue, 0.7)] == [True, False, True]  # the bus is not on the truck
+
+
+def test_a_clip_whose_detection_failed_has_no_evidence():
     assert clip_evidence({"error": "x.mp4: not a readable video"}, SETTINGS) is None
 
 
 @pytest.mark.parametrize("total", [31, 40, 97, 250, 1200, 1201])
-def test_own_frames_are_looked_at(total):
+def test_the_frames_of_the_model_are_among_those_of_the_detector(total):
     assert set(frame_indices(total, 16)) <= set(frame_indices(total, SETTINGS.num_frames))
 
 
-def test_settings_problems_come_together():
-    found = check_settings(DetectorSettings("nowhere/yolo.pt", batch_size=0, absent_confidence=0.6), "judge", 16)
+def test_settings_that_cannot_work_are_named():
+    missing = DetectorSettings("nowhere/yolo.pt", batch_size=0, absent_confidence=0.6)
+    found = weights_problems(missing, "judge") + missing.problems("judge")
     assert len(found) == 3 and all(text.startswith("judge") for text in found)
     assert "nowhere/yolo.pt" in found[0]
-    assert check_settings(DetectorSettings("yolov8x.pt"), model_frames=16) == []
-    assert "16, 31, 46" in check_settings(DetectorSettings("yolov8x.pt", num_frames=32), model_frames=16)[0]
+    known = DetectorSettings("yolov8x.pt")
+    assert weights_problems(known, "detector") + known.problems("detector") == []
+    assert weights_problems(DetectorSettings(__file__), "detector") == []  # any file is accepted until it is loaded
+
+
+def test_the_detector_must_see_the_frames_of_the_model():
+    for frames in (16, 31, 46):
+        assert frames_problems(DetectorSettings(num_frames=frames), "detector", 16) == []
+    found = frames_problems(DetectorSettings(num_frames=32), "detector", 16)
+    assert len(found) == 1 and found[0].startswith("detector.num_frames: 32") and "16, 31, 46" in found[0]
+    assert frames_problems(DetectorSettings(num_frames=32), "detector", 1) == []  # the first frame is in any
+
+
+def test_thresholds_reach_down_to_the_lowest_confidence_that_is_kept():
+    assert DetectorSettings(absent_confidence=BOX_FLOOR).problems("detector") == []
+    assert len(DetectorSettings(absent_confidence=BOX_FLOOR - 0.001).problems("detector")) == 1
+
+
+def test_evidence_can_be_written_as_json():
+    evidence = clip_evidence(clip([box("car", 0.8), box("bus", 0.3)], [box("car", 0.8), box("bus", 0.3)]), SETTINGS)
+    assert json.loads(json.dumps(evidence_dict(evidence))) == {
+        "present": ["car"], "unknown": ["bus"], "salient": ["car"], "seen": {"car": [0.0, 1.0]}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,7 +146,7 @@ def test_settings_problems_come_together():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A random YOLOv8 of a sixteenth of its width with COCO's first twelve classes, by way of the shipped format."""
+    """A random YOLOv8 at a sixteenth of its width with COCO's first twelve classes, made from the shipped format."""
     import yaml
     from safetensors.torch import save_file
     from ultralytics.utils import ROOT
@@ -124,7 +158,7 @@ def weights(tmp_path_factory):
     (folder / "detector.json").write_text(json.dumps(about))
     torch.manual_seed(0)
     network = build_network(about)
-    for head in network.model[-1].cv3:  # enough confidence for boxes to be there
+    for head in network.model[-1].cv3:  # enough confidence that there are boxes
         head[-1].bias.data.fill_(0.0)
     save_file({name: value.clone() for name, value in network.state_dict().items()}, folder / "detector.safetensors")
     return assemble(folder, folder / "detector.pt")
@@ -147,7 +181,7 @@ def test_assembly_is_reproducible(weights, tmp_path):
 
 
 def test_the_shipped_detector_knows_the_toy_world(tmp_path):
-    assert {file.suffix for file in BASE.iterdir()} <= {".safetensors", ".json", ""}  # no pickle
+    assert {file.suffix for file in BASE.iterdir()} <= {".safetensors", ".json", ""}  # no pickles
     measured, table = measure(BASE, 8, DetectorSettings(weights="", image_size=IMAGE_SIZE, num_frames=15))
     assert measured["all"]["precision"] >= 0.9 and measured["all"]["recall"] >= 0.85, table
     shipped = json.loads((BASE / "detector.json").read_text())["measured"]
@@ -163,12 +197,24 @@ def test_frames_reach_the_detector_as_bgr(settings):
 
     spy, red = Spy(), np.zeros((3, 8, 8, 3), np.uint8)
     red[..., 0] = 255
-    detect_frames(spy, red, settings, "cpu")
+    detector = Detector(settings, "cpu")
+    detector.network = spy
+    detector.detect(red)
     assert [len(batch) for batch in spy.batches] == [2, 1]
     assert spy.batches[0][0][0, 0].tolist() == [0, 0, 255]
 
 
-def test_cache_is_made_resumed_and_loaded(tiny, entries, settings, tmp_path, monkeypatch):
+def test_boxes_of_a_frame_are_sorted_and_rounded(settings):
+    found = SimpleNamespace(cls=torch.tensor([2.0, 0.0]), conf=torch.tensor([0.3, 0.8]),
+                            xyxyn=torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.123456, 0.2, 0.3, 0.4]]))
+    detector = Detector(settings, "cpu")
+    detector.network = SimpleNamespace(predict=lambda batch, **options: [SimpleNamespace(boxes=found)])
+    boxes = detector.detect(np.zeros((1, 8, 8, 3), np.uint8))
+    assert boxes == [[[0, 0.8, 0.1235, 0.2, 0.3, 0.4], [2, 0.3, 0.1, 0.2, 0.3, 0.4]]]
+    assert all(type(row[0]) is int for row in boxes[0])
+
+
+def test_the_cache_is_made_resumed_and_loaded(tiny, entries, settings, tmp_path, monkeypatch):
     videos = [entry.video for entry in entries]
     assert detect_clips(videos, tiny.videos, settings, tmp_path) == {}
     records = load_records(tmp_path, videos, settings)
@@ -182,9 +228,9 @@ def test_cache_is_made_resumed_and_loaded(tiny, entries, settings, tmp_path, mon
     assert set(evidence) == set(videos)
     assert "clips with evidence" in frequency_table(records, settings)
 
-    monkeypatch.setattr(detect_objects, "load_detector", lambda *_: pytest.fail("nothing was left to do"))
+    monkeypatch.setattr(Detector, "network", property(lambda self: pytest.fail("nothing was left to do")))
     assert detect_clips(videos, tiny.videos, settings, tmp_path) == {}
-    assert detect_clips(videos, tiny.videos, replace(settings, absent_confidence=0.3), tmp_path) == {}  # boxes stand
+    assert detect_clips(videos, tiny.videos, replace(settings, absent_confidence=0.3), tmp_path) == {}  # the same boxes
 
 
 def test_resume_does_only_what_is_missing(tiny, entries, settings, tmp_path):
@@ -199,7 +245,7 @@ def test_resume_does_only_what_is_missing(tiny, entries, settings, tmp_path):
     assert all(file.stat().st_mtime_ns == made for file, made in files.items())
 
 
-def test_a_changed_clip_is_looked_at_again(tiny, settings, tmp_path):
+def test_a_changed_clip_is_detected_again(tiny, settings, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
     shutil.copy(tiny.videos / "car.mp4", videos / "clip.mp4")
@@ -222,7 +268,7 @@ def test_other_settings_are_refused(tiny, entries, settings, tmp_path):
         load_evidence(tmp_path / "empty", entries, settings)
 
 
-def test_evidence_travels_without_the_weights(tiny, entries, settings, tmp_path):
+def test_evidence_can_be_used_without_the_weights(tiny, entries, settings, tmp_path):
     detect_clips([entry.video for entry in entries], tiny.videos, settings, tmp_path)
     gone = replace(settings, weights="elsewhere/detector.pt")
     assert load_evidence(tmp_path, entries, gone) == load_evidence(tmp_path, entries, settings)
@@ -230,7 +276,18 @@ def test_evidence_travels_without_the_weights(tiny, entries, settings, tmp_path)
         load_evidence(tmp_path, entries, replace(settings, weights="elsewhere/yolo.pt"))
 
 
-def test_another_ultralytics_is_not_mixed_in(tiny, entries, settings, tmp_path, monkeypatch):
+def test_caches_of_one_name_differ_by_the_hash_of_the_weights(tiny, tmp_path):
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights.pt").write_text(folder)
+        settings = DetectorSettings(weights=str(tmp_path / folder / "weights.pt"), num_frames=3)
+        detect_clips(["car.mp4"], tiny.videos, settings, tmp_path / "cache", detector=OneCar(settings))
+    load_records(tmp_path / "cache", ["car.mp4"], settings)
+    with pytest.raises(DetectionError, match="several caches"):
+        load_records(tmp_path / "cache", ["car.mp4"], replace(settings, weights="elsewhere/weights.pt"))
+
+
+def test_boxes_of_another_ultralytics_version_are_not_mixed_in(tiny, entries, settings, tmp_path, monkeypatch):
     detect_clips(["car.mp4"], tiny.videos, settings, tmp_path)
     monkeypatch.setattr(detect_objects.importlib.metadata, "version", lambda name: "9.0.0")
     with pytest.raises(DetectionError, match="9.0.0"):
@@ -262,7 +319,7 @@ def test_a_broken_clip_has_no_evidence_and_is_tried_again(tiny, settings, tmp_pa
     assert load_evidence(cache, entries, settings)["bad.mp4"] is not None
 
 
-def test_clips_of_one_name_do_not_collide(tiny, settings, tmp_path):
+def test_clips_with_the_same_name_do_not_collide(tiny, settings, tmp_path):
     for folder, name in (("a", "car.mp4"), ("b", "bus.mp4")):
         (tmp_path / "videos" / folder).mkdir(parents=True)
         shutil.copy(tiny.videos / name, tmp_path / "videos" / folder / "clip.mp4")
@@ -272,7 +329,7 @@ def test_clips_of_one_name_do_not_collide(tiny, settings, tmp_path):
     assert records["a/clip.mp4"]["frames"] != records["b/clip.mp4"]["frames"]
 
 
-def test_a_detector_of_other_classes_is_refused(weights, tmp_path):
+def test_a_detector_with_other_classes_is_refused(weights, tmp_path):
     folder = tmp_path / "detector"
     folder.mkdir()
     about = json.loads((weights.parent / "detector.json").read_text())
@@ -281,7 +338,81 @@ def test_a_detector_of_other_classes_is_refused(weights, tmp_path):
     shutil.copy(weights.parent / "detector.safetensors", folder)
     path = assemble(folder, folder / "detector.pt")
     with pytest.raises(DetectionError, match="class 2 is 'rickshaw', but COCO's is 'car'"):
-        load_detector(DetectorSettings(weights=str(path)))
+        Detector(DetectorSettings(weights=str(path), image_size=64), "cpu").detect(np.zeros((1, 64, 64, 3), np.uint8))
+
+
+class OneCar:
+    """All that a detector needs: fingerprint and detect. It always finds one car, in the right half."""
+
+    def __init__(self, settings, version="1.0"):
+        self.settings, self.version, self.shapes = settings, version, []
+
+    def fingerprint(self):
+        return {**fingerprint(self.settings), "onecar": self.version}
+
+    def detect(self, frames):
+        self.shapes.append(frames.shape)
+        return [[box("car", 0.9, (0.5, 0.2, 1.0, 0.8))] for _ in frames]
+
+
+def test_another_detector_needs_only_two_methods(tiny, entries, tmp_path):
+    videos, settings = [entry.video for entry in entries], DetectorSettings(weights="some-hub/one-car", num_frames=5)
+    detector = OneCar(settings)
+    assert detect_clips(videos, tiny.videos, settings, tmp_path, detector=detector) == {}
+    assert detector.shapes == [(5, 180, 320, 3)] * 6
+    evidence = load_evidence(tmp_path, entries, settings)
+    assert all(found.present == {"car"} and found.seen == {"car": (0.0, 1.0)} for found in evidence.values())
+    record = load_records(tmp_path, videos, settings)["car.mp4"]
+    assert record["onecar"] == "1.0" and "ultralytics" not in record
+    detect_clips(videos, tiny.videos, settings, tmp_path, detector=detector)
+    assert len(detector.shapes) == 6  # every clip had a record
+    with pytest.raises(DetectionError, match="onecar 1.0, not 2.0"):
+        detect_clips(videos, tiny.videos, settings, tmp_path, detector=OneCar(settings, "2.0"))
+
+
+def test_detectors_without_a_weights_file_differ_by_name(tiny, entries, tmp_path):
+    small, large = (DetectorSettings(weights=f"some-hub/{name}", num_frames=5) for name in ("small", "large"))
+    detect_clips(["car.mp4"], tiny.videos, small, tmp_path, detector=OneCar(small))
+    other = OneCar(large)
+    detect_clips(["car.mp4"], tiny.videos, large, tmp_path, detector=other)
+    assert len(other.shapes) == 1
+    for settings, name in ((small, "small"), (large, "large")):
+        assert load_records(tmp_path, ["car.mp4"], settings)["car.mp4"]["made_by"]["weights"] == name
+
+
+def test_boxes_in_pixels_are_refused(tiny, settings, tmp_path):
+    detector = OneCar(settings)
+    detector.detect = lambda frames: [[box("car", 0.9, (160, 20, 320, 80))] for _ in frames]
+    with pytest.raises(DetectionError, match="car.mp4: boxes must be"):
+        detect_clips(["car.mp4"], tiny.videos, settings, tmp_path, detector=detector)
+
+
+def damaged(record):
+    """Texts that a clip's file may hold after a crash, on a full disk or after editing."""
+    text, frames = json.dumps(record), record["frames"]
+    yield from ("", text[: len(text) // 2], "[]", "null", '"error"', "7", "\x00" * 100)
+    yield json.dumps({key: value for key, value in record.items() if key != "frames"})
+    yield json.dumps({key: value for key, value in record.items() if key != "bytes"})
+    yield json.dumps({**record, "frames": []})
+    yield json.dumps({**record, "frames": [5]})
+    yield json.dumps({**record, "frames": [{**frames[0], "time": 1.5}]})
+    for bad in ([], [2], [80, 0.9, 0, 0, 1, 1], [2.0, 0.9, 0, 0, 1, 1], [2, 0.9, 0, 0, 64, 1], [2, "x", 0, 0, 1, 1]):
+        yield json.dumps({**record, "frames": [{**frames[0], "boxes": [bad]}]})
+
+
+def test_a_damaged_record_is_replaced(tiny, tmp_path):
+    settings = DetectorSettings(weights="one-car", num_frames=3)
+    detector = OneCar(settings)
+    detect_clips(["car.mp4", "bus.mp4"], tiny.videos, settings, tmp_path, detector=detector)
+    whole = load_records(tmp_path, ["car.mp4", "bus.mp4"], settings)
+    file, = tmp_path.glob("*/car-*.json")
+    for times, text in enumerate(damaged(whole["car.mp4"]), start=1):
+        file.write_text(text)
+        with pytest.raises(DetectionError, match="no evidence yet for 1 of 2 clips"):
+            load_records(tmp_path, list(whole), settings)
+        assert detect_clips(list(whole), tiny.videos, settings, tmp_path, detector=detector) == {}
+        assert load_records(tmp_path, list(whole), settings) == whole, text
+        assert len(detector.shapes) == 2 + times  # the other clip's record was left alone
 
 
 def test_missing_weights_are_named(tmp_path):
@@ -289,7 +420,7 @@ def test_missing_weights_are_named(tmp_path):
         detect_clips(["a.mp4"], tmp_path, DetectorSettings(weights=str(tmp_path / "nothing.pt")), tmp_path)
 
 
-def test_command_line(tiny, settings, tmp_path, capsys):
+def test_the_command_detects_and_prints_a_table(tiny, settings, tmp_path, capsys):
     flags = ["--data", tiny.data, "--video_root", tiny.videos, "--evidence_cache", tmp_path, "--num_frames", "3",
              "--num_val_videos", "2"]
     (tmp_path / "none.yaml").write_text("seed: 42\n")
@@ -299,19 +430,68 @@ def test_command_line(tiny, settings, tmp_path, capsys):
     judge = ["--which", "judge", "--judge", settings.weights, "--judge.image_size", "96", "--judge.num_frames", "4"]
     assert detect_objects.main([*flags, *judge]) == 0
     assert "2 clips with evidence, 0 failed" in capsys.readouterr().out  # the held-out ones
-    with pytest.raises(SystemExit) as stop:
-        detect_objects.main([*flags, "--detector.num_frames", "4", "--detector", "gone.pt"])
-    assert stop.value.code == 2 and "2 problems" in (text := capsys.readouterr().err)
-    assert "gone.pt" in text and "use 3, 5, 7" in text
 
 
-def test_native_aspect(tiny):
-    indices, times, frames = read_clip(tiny.videos / "car.mp4", 31)
-    assert frames.shape == (20, 180, 320, 3)  # 20 frames there, none twice
+def test_all_that_is_missing_is_in_one_message(tiny, tmp_path, capsys):
+    def problems_of(*more):
+        flags = ["--config", tmp_path / "none.yaml", "--data", tiny.data, "--video_root", tiny.videos]
+        with pytest.raises(SystemExit) as stop:
+            detect_objects.main([*flags, "--num_val_videos", "2", "--evidence_cache", tmp_path / "cache", *more])
+        assert stop.value.code == 2 and not (tmp_path / "cache").exists()
+        return capsys.readouterr().err
+
+    (tmp_path / "none.yaml").write_text("seed: 42\n")
+    text = problems_of("--num_frames", "3", "--detector.num_frames", "4", "--detector", "gone.pt")
+    assert "2 problems" in text and "gone.pt" in text and "use 3, 5, 7" in text
+    (tmp_path / "bad.json").write_text(json.dumps([{"video": "a.mp4"}, {"video": "../b.mp4", "q": "?", "a": "x"}]))
+    text = problems_of("--data", tmp_path / "bad.json", "--video_root", "no/videos", "--detector", "gone.pt")
+    assert "3 problems" in text and "2 bad rows" in text and "no/videos" in text and "gone.pt" in text
+    text = problems_of("--data", "no.json", "--val_data", "nor.json", "--video_root", "no/videos")
+    assert "3 problems" in text and "no.json" in text and "nor.json" in text
+    (tmp_path / "out.json").write_text(json.dumps([{"video": "../b.mp4", "copilot": ["x"]}]))
+    assert "leads out of the video root" in problems_of("--data", tmp_path / "out.json")
+
+
+def test_clips_of_val_data_are_detected_too(tiny, settings, tmp_path, capsys):
+    """The reward's detector runs on them too; the judge runs on nothing else."""
+    rows = json.loads(tiny.data.read_text())
+    for name, part in (("train.json", rows[:2]), ("val.json", rows[2:3])):
+        (tmp_path / name).write_text(json.dumps(part))
+    (tmp_path / "none.yaml").write_text("seed: 42\n")
+    flags = ["--config", tmp_path / "none.yaml", "--data", tmp_path / "train.json", "--val_data", tmp_path / "val.json",
+             "--video_root", tiny.videos, "--evidence_cache", tmp_path, "--num_frames", "3"]
+    for which, count in (("detector", 3), ("judge", 1)):
+        look = [f"--{which}", settings.weights, f"--{which}.image_size", "64", f"--{which}.num_frames", "3"]
+        assert detect_objects.main([*flags, *look, "--which", which]) == 0
+        assert f"{count} clips with evidence, 0 failed" in capsys.readouterr().out
+        for path in tmp_path.glob("64px*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_help_does_not_import_torch():
+    """`--help` and a mistyped flag are answered before anything heavy is imported."""
+    code = """
+import runpy, sys
+sys.argv = ["detect_objects", *sys.argv[1:]]
+try:
+    runpy.run_module("stage3.detect_objects", run_name="__main__")
+finally:
+    print(sorted({"torch", "ultralytics", "decord", "dataset"} & set(sys.modules)))
+"""
+    for flag, status in (("--help", 0), ("--imagesize=3", 2)):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == status, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert status or ("--evidence_cache" in done.stdout and "detector.weights" in done.stdout)
+
+
+def test_frames_keep_their_size_and_are_not_repeated(tiny):
+    indices, times, frames = sample_clip(tiny.videos / "car.mp4", 31)
+    assert frames.shape == (20, 180, 320, 3)  # the clip has 20 frames, each is used once
     assert indices.tolist() == list(range(20)) and times[0] == 0 and times[-1] == 1
 
 
-def test_real_street(shared, settings, tmp_path):
+def test_a_real_street_can_be_detected(shared, settings, tmp_path):
     settings = replace(settings, num_frames=3)
     assert detect_clips(["real_street.mp4"], shared, settings, tmp_path) == {}
     assert len(load_records(tmp_path, ["real_street.mp4"], settings)["real_street.mp4"]["frames"]) == 3

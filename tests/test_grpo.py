@@ -1,4 +1,4 @@
-"""GRPO's pure functions against tables worked out by hand, then the engine against the plain way of doing things.
+"""GRPO's pure functions against tables worked out by hand, then sampling and training against plain versions.
 
 Run: `python -m pytest tests/test_grpo.py -q`
 """
@@ -13,7 +13,6 @@ from model import DriveVLM, ModelError, adapter_hash
 from stage3.grpo import (
     PREFIX,
     Group,
-    VisualTokens,
     check_shared_prefix,
     completion_logps,
     group_advantages,
@@ -21,12 +20,10 @@ from stage3.grpo import (
     has_variance,
     load_reference,
     pack_groups,
-    prompts_of_step,
-    reference,
-    sample_groups,
-    sample_tokens,
-    stable_seed,
+    reference_policy,
 )
+from stage3.rollout import VisualTokens, prompts_of_step, sample_groups, sample_tokens
+from training.common import stable_seed
 
 INF = float("inf")
 NAN = float("nan")
@@ -36,7 +33,7 @@ NAN = float("nan")
 # Advantages
 
 
-def test_advantages_by_group():
+def test_advantages_by_group_are_as_worked_out_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     # group 1: mean 2, std 1; group 2: mean 1/3, std sqrt(((1/3)^2 * 2 + (2/3)^2) / 2) = 0.5773503
     std = 0.5773502691896258
@@ -44,7 +41,7 @@ def test_advantages_by_group():
     torch.testing.assert_close(group_advantages(rewards), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_advantages_by_batch_and_none():
+def test_advantages_by_batch_and_none_are_as_worked_out_by_hand():
     rewards = torch.tensor([[1.0, 3.0], [2.0, 6.0]])
     # all four: mean 3, std sqrt((4 + 0 + 1 + 9) / 3)
     std = math.sqrt(14 / 3) + 1e-4
@@ -53,12 +50,12 @@ def test_advantages_by_batch_and_none():
     torch.testing.assert_close(group_advantages(rewards, scale="none"), differences)
 
 
-def test_advantages_with_a_std_floor():
+def test_a_std_floor_bounds_the_advantages_of_tiny_differences():
     rewards = torch.tensor([[0.500, 0.502], [0.0, 1.0]])
     advantages = group_advantages(rewards, std_floor=0.05)
     torch.testing.assert_close(advantages[0], torch.tensor([-0.001, 0.001]) / 0.0501, rtol=1e-4, atol=0)
     torch.testing.assert_close(advantages[1], torch.tensor([-0.5, 0.5]) / (math.sqrt(0.5) + 1e-4))
-    assert group_advantages(rewards)[0, 1] > 0.6  # without the floor, a difference of 0.002 speaks as loud as any
+    assert group_advantages(rewards)[0, 1] > 0.6  # without the floor, a difference of 0.002 counts as much as any
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -71,7 +68,7 @@ def test_equal_rewards_give_exact_zeros(scale, dtype):
     assert has_variance(rewards).tolist() == [False, True]
 
 
-def test_whole_number_rewards_are_fine():
+def test_integer_rewards_are_accepted():
     assert group_advantages(torch.tensor([[0, 1]])).dtype == torch.float32
 
 
@@ -85,13 +82,13 @@ def test_whole_number_rewards_are_fine():
         (torch.tensor([[0.0, INF]]), "none", "finite"),
     ],
 )
-def test_advantages_refuse(rewards, scale, message):
+def test_advantages_refuse_rewards_that_cannot_be_compared(rewards, scale, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(rewards, scale=scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss, by hand: two rows, of three tokens and of one, ratios 1.5, 1.0, 0.5 and 2.0
+# Loss, worked out by hand: two rows, of three tokens and of one, ratios 1.5, 1.0, 0.5 and 2.0
 
 RATIOS = torch.tensor([[1.5, 1.0, 0.5], [2.0, 9.9, 9.9]], dtype=torch.float64)
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -109,7 +106,7 @@ MEANS = {  # of the table above
 
 
 @pytest.mark.parametrize("loss_type, expected", MEANS.items())
-def test_loss_by_hand(loss_type, expected):
+def test_losses_are_as_worked_out_by_hand(loss_type, expected):
     loss, stats = grpo_loss(
         LOGPS, ADVANTAGES, MASK, old_logps=OLD, loss_type=loss_type, max_completion_tokens=10, num_items=None
     )
@@ -121,7 +118,7 @@ def test_loss_by_hand(loss_type, expected):
     assert stats["kl"].item() == 0.0
 
 
-def test_clip_low_and_high_are_separate():
+def test_the_lower_and_the_upper_clip_bound_are_separate():
     def loss(advantage, ratio, low, high):
         logps = torch.tensor([[math.log(ratio)]])
         result = grpo_loss(
@@ -158,13 +155,13 @@ def test_kl_is_added_to_every_counted_token(kl, values, loss_type):
     assert stats["kl"].item() == pytest.approx(sum(token_kl) / 4, abs=1e-9)
 
 
-def test_kl_is_reported_but_not_paid_without_beta():
+def test_without_beta_the_kl_is_reported_but_not_in_the_loss():
     loss, stats = grpo_loss(LOGPS, ADVANTAGES, MASK, old_logps=OLD, ref_logps=LOGPS + 1.0, beta=0.0)
     assert loss.item() == pytest.approx(MEANS["dapo"])
     assert stats["kl"].item() == pytest.approx(math.e - 2)
 
 
-def test_dapo_divides_by_the_items_it_is_given():
+def test_dapo_divides_by_num_items():
     loss, _ = grpo_loss(LOGPS, ADVANTAGES, MASK, old_logps=OLD, num_items=13)
     assert loss.item() == pytest.approx(1.3 / 13)
     loss, _ = grpo_loss(LOGPS, ADVANTAGES, MASK, old_logps=OLD, num_items=torch.tensor(13))
@@ -191,7 +188,7 @@ def test_gradients_of_clipped_and_masked_tokens_are_zero():
 
 @pytest.mark.parametrize("bad", [-INF, INF, NAN, 1e38, -1e38])
 @pytest.mark.parametrize("loss_type", MEANS)
-def test_masked_positions_cannot_do_harm(bad, loss_type):
+def test_values_at_masked_positions_have_no_effect(bad, loss_type):
     def run(filler):
         fill = torch.where(MASK.bool(), 0.0, torch.tensor(filler))
         logps = (LOGPS + fill).requires_grad_()
@@ -221,21 +218,21 @@ def test_infinite_and_huge_log_probs_never_give_inf_or_nan(policy, old, referenc
     assert all(math.isfinite(float(value)) for value in stats.values())
 
 
-def test_two_infinities_differ_by_nothing():
+def test_two_infinite_log_probs_differ_by_0():
     logps = torch.tensor([[-INF, -INF]])
     loss, stats = grpo_loss(logps, torch.tensor([1.0]), torch.ones(1, 2), old_logps=logps, ref_logps=logps, beta=1.0)
     assert loss.item() == -1.0 and stats["kl"] == 0.0 and stats["ratio"] == 1.0
 
 
 @pytest.mark.parametrize("where", ["logps", "old_logps", "ref_logps"])
-def test_nan_that_counts_reaches_the_loss(where):
+def test_a_nan_at_a_counted_position_reaches_the_loss(where):
     inputs = {"logps": LOGPS.clone(), "old_logps": OLD.clone(), "ref_logps": LOGPS.clone()}
     inputs[where][0, 1] = NAN
     loss, _ = grpo_loss(inputs.pop("logps"), ADVANTAGES, MASK, beta=0.1, **inputs)
     assert torch.isnan(loss)
 
 
-def test_nothing_left_is_a_zero_loss_with_a_graph():
+def test_an_empty_mask_gives_a_zero_loss_with_a_graph():
     for loss_type in MEANS:
         logps = LOGPS.clone().requires_grad_()
         loss, _ = grpo_loss(logps, ADVANTAGES, MASK * 0, loss_type=loss_type, max_completion_tokens=10)
@@ -243,7 +240,7 @@ def test_nothing_left_is_a_zero_loss_with_a_graph():
         assert loss.item() == 0.0 and (logps.grad == 0).all()
 
 
-def test_half_precision_is_computed_in_single():
+def test_half_precision_inputs_are_computed_in_float32():
     loss, _ = grpo_loss(LOGPS.bfloat16(), ADVANTAGES.bfloat16(), MASK, old_logps=OLD.bfloat16())
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(MEANS["dapo"], abs=2e-2)
@@ -260,21 +257,21 @@ def test_half_precision_is_computed_in_single():
         ({"advantages": torch.ones(3)}, "must be"),
     ],
 )
-def test_loss_refuses(options, message):
+def test_the_loss_refuses_arguments_that_do_not_fit(options, message):
     arguments = {"logps": LOGPS, "advantages": ADVANTAGES, "mask": MASK, **options}
     with pytest.raises(ValueError, match=message):
         grpo_loss(**arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The engine, on a random Qwen3 (2 layers, grouped heads) and on a Llama with other control tokens
+# Sampling and training pass, on a random Qwen3 (2 layers, grouped heads) and a Llama with other control tokens
 
 PROMPTS = ["Describe the video in detail.", "Summarize the driving scene concisely.", "What now?"]
 
 
 @pytest.fixture(scope="module", params=["llm", "llm_plain"])
 def model(request, tiny):
-    """A float32 model with an adapter that does something; its end tokens made likely, so that answers end."""
+    """A float32 model whose adapter is not the identity; its end tokens are made likely, so that answers end."""
     return build(tiny, request.param)
 
 
@@ -287,12 +284,13 @@ def build(tiny, llm="llm", attention="sdpa"):
             if ".lora_B." in name:
                 parameter.normal_(std=0.2, generator=generator)
     model.causal_lm.set_attn_implementation(attention)
-    model.set_trainable(3)
+    model.set_trainable("lora")
+    model.set_lora_dropout(0.0)
     return model
 
 
 def prompts_of(model, count=3):
-    """Prompts of unequal lengths, and random tokens in the place of the clips."""
+    """Prompts of unequal lengths, and random visual tokens for the clips."""
     prompts = [encode_prompt(model.tokenizer, q, model.num_visual_tokens) for q in PROMPTS[:count]]
     generator = torch.Generator().manual_seed(4)
     width = model.head_weight.shape[1]
@@ -308,11 +306,11 @@ def groups_of(model, lengths=((1, 5, 9), (7, 2, 2), (1, 1, 4))):
 
 
 def plain_logps(model, group, completion, temperature):
-    """Log-probs by the book: one unpadded row, the whole vocabulary, control tokens at -inf."""
-    ids = torch.tensor([group.prompt + completion])
+    """Log-probs from one unpadded row and the whole vocabulary, control tokens at -inf."""
+    ids = torch.tensor([group.prompt_ids + completion])
     logits = model.llm(inputs_embeds=model.embed(ids, group.visual[None])).logits[0].float() / temperature
     logits[:, model.banned_ids] = -INF
-    logps = logits.log_softmax(-1)[len(group.prompt) - 1 : -1]  # [T, V]
+    logps = logits.log_softmax(-1)[len(group.prompt_ids) - 1 : -1]  # [T, V]
     entropy = -(logps.exp() * logps.clamp(min=-1e9)).sum(-1)
     return logps.gather(1, torch.tensor(completion)[:, None])[:, 0], entropy
 
@@ -326,13 +324,13 @@ def adapter_gradients(model, loss):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_the_pass_equals_a_plain_forward_of_each_completion(model, shared_prefix, attention, temperature):
+def test_completion_logps_equal_a_plain_forward_of_each_completion(model, shared_prefix, attention, temperature):
     """Values, entropies and gradients to 1e-5, with ragged lengths (one token too) and padded rows."""
     model.causal_lm.set_attn_implementation(attention)
     groups = groups_of(model)
     weights = torch.randn(9, 9, generator=torch.Generator().manual_seed(6))
     expected, entropies = torch.zeros(9, 9), torch.zeros(9, 9)
-    for row, (group, completion) in enumerate((g, c) for g in groups for c in g.completions):
+    for row, (group, completion) in enumerate((g, c) for g in groups for c in g.completion_ids):
         logps, entropy = plain_logps(model, group, completion, temperature)
         expected[row, : len(completion)], entropies[row, : len(completion)] = logps, entropy.detach()
     by_the_book = adapter_gradients(model, (expected * weights).sum())
@@ -359,8 +357,9 @@ def test_activation_checkpointing_changes_nothing(model):
 
 def test_the_prompt_is_in_the_row_once(model):
     groups = groups_of(model)
-    ids, owner, positions, *_ = pack_groups(groups, model.pad_token_id)
-    prompt = len(groups[0].prompt)
+    packed = pack_groups(groups, model.pad_token_id)
+    owner, positions = packed.owner, packed.positions
+    prompt = len(groups[0].prompt_ids)
     assert (owner[0] == PREFIX).sum() == prompt
     assert owner[0, prompt:].tolist()[:12] == [1] * 4 + [2] * 8  # a completion's last token is not read
     assert positions[0, prompt:].tolist()[:12] == [prompt + i for i in (0, 1, 2, 3)] + [prompt + i for i in range(8)]
@@ -368,8 +367,8 @@ def test_the_prompt_is_in_the_row_once(model):
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_group_from_one_prefill_says_what_each_alone_says(model, shared_prefix, attention):
-    """Greedy: three prompts of unequal lengths together, twice each, against transformers' own generate, one by one."""
+def test_a_group_from_one_prefill_gives_the_answers_of_single_generation(model, shared_prefix, attention):
+    """Greedy: three prompts of unequal lengths, two answers each, compared with transformers' generate one by one."""
     model.causal_lm.set_attn_implementation(attention)
     prompts, visual = prompts_of(model)
     answers = sample_groups(
@@ -387,7 +386,7 @@ def seeds_of(prompts, group, step=0):
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_sampling_is_by_seed_and_the_same_in_any_company(model, shared_prefix):
+def test_a_sampled_completion_depends_on_its_seed_and_not_on_the_batch(model, shared_prefix):
     prompts, visual = prompts_of(model)
     seeds = seeds_of(prompts, 4)
     together = sample_groups(model, prompts, visual, seeds, [15] * 3, shared_prefix=shared_prefix)
@@ -402,7 +401,7 @@ def test_sampling_is_by_seed_and_the_same_in_any_company(model, shared_prefix):
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
 def test_log_probs_as_sampled_are_those_of_the_policy(model, shared_prefix):
-    """Rows that finish early leave, and those that stay are none the worse; the end id is in the loss."""
+    """Rows that finish early leave without an effect on the others; the end id is in the loss."""
     prompts, visual = prompts_of(model)
     sampled = sample_groups(
         model, prompts, visual, seeds_of(prompts, 8), [40] * 3, temperature=1.3, shared_prefix=shared_prefix
@@ -441,7 +440,7 @@ def test_sampled_frequencies_are_the_probabilities():
     assert edges.tolist() == [1, 2]
 
 
-def test_models_that_cannot_share_a_prefix_are_told(tiny):
+def test_models_that_cannot_share_a_prefix_are_refused_with_a_hint(tiny):
     model = build(tiny)
     check_shared_prefix(model.causal_lm)
     model.causal_lm.config.layer_types = ["full_attention", "sliding_attention"]
@@ -450,8 +449,8 @@ def test_models_that_cannot_share_a_prefix_are_told(tiny):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
-def test_bandit(tiny, loss_type):
-    """Reward: the answer contains a token. The whole engine takes it from a few answers to nine of ten."""
+def test_training_raises_the_rewarded_token_from_rare_to_frequent(tiny, loss_type):
+    """The reward is 1 if the answer contains a token: its share rises from below 0.2 to above 0.9."""
     model = build(tiny)
     with torch.no_grad():
         model.head_weight.mul_(8.0)  # a random head is so flat that no hidden state could make a token likely
@@ -488,7 +487,7 @@ def test_the_reference_is_the_adapter_it_was_loaded_from(tiny, tmp_path):
     stored = load_reference(model, tmp_path / "stage2")
     assert stored == adapter_hash(tmp_path / "stage2")
     groups = groups_of(model)
-    with torch.no_grad(), reference(model):
+    with torch.no_grad(), reference_policy(model):
         ref_logps, _, mask = completion_logps(model, groups)
     logps, _, _ = completion_logps(model, groups)
     _, stats = grpo_loss(logps, torch.ones(9), mask, ref_logps=ref_logps, beta=0.1)
@@ -501,7 +500,7 @@ def test_the_reference_is_the_adapter_it_was_loaded_from(tiny, tmp_path):
     optimizer.step()
     assert adapter_hash(model.adapter_state("reference")) == stored
     assert adapter_hash(model.adapter_state()) != stored
-    with torch.no_grad(), reference(model):
+    with torch.no_grad(), reference_policy(model):
         again, _, _ = completion_logps(model, groups)
     assert torch.equal(again, ref_logps)
     moved, _, _ = completion_logps(model, groups)
@@ -511,17 +510,17 @@ def test_the_reference_is_the_adapter_it_was_loaded_from(tiny, tmp_path):
     assert not (tmp_path / "stage3" / "adapter" / "reference").exists()
 
 
-def test_an_error_inside_the_reference_gives_the_policy_back(tiny, tmp_path):
+def test_after_an_error_inside_the_reference_the_policy_is_active_again(tiny, tmp_path):
     model = build(tiny)
     model.save_checkpoint(tmp_path / "stage2", stage=2)
     load_reference(model, tmp_path / "stage2")
-    with pytest.raises(KeyError), reference(model):
+    with pytest.raises(KeyError), reference_policy(model):
         raise KeyError
     assert model.llm.active_adapter == "default"
     model.check_trainable()
 
 
-def test_prompts_are_dealt_out_by_mode_and_every_entry_once_a_pass():
+def test_prompts_alternate_by_mode_and_every_entry_is_used_once_per_pass():
     entries = [Entry(f"{v}#{mode}", v, mode, "?", ("!",)) for v in "abcde" for mode in ("microscope", "copilot")]
     modes = ["microscope", "copilot", "microscope"]
     steps = [prompts_of_step(entries, step, 3, modes, 7) for step in range(10)]
@@ -534,7 +533,7 @@ def test_prompts_are_dealt_out_by_mode_and_every_entry_once_a_pass():
     assert steps != [prompts_of_step(entries, step, 3, modes, 8) for step in range(10)]
 
 
-def test_cached_tokens_are_those_of_one_clip_alone(tiny, tmp_path):
+def test_cached_tokens_equal_those_of_a_single_clip(tiny, tmp_path):
     model = build(tiny)
     tokens = VisualTokens(model, tmp_path / "tokens", tiny.videos)
     fresh = tokens("car.mp4")

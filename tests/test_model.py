@@ -28,7 +28,18 @@ from transformers import (
 
 import model as model_module
 from dataset import IGNORE_INDEX, MODES, encode_example
-from model import DriveVLM, ModelError, Projector, adapter_hash, check_head, patch_grid, token_logps
+from model import (
+    DriveVLM,
+    ModelError,
+    Projector,
+    VisionTower,
+    adapter_hash,
+    check_head,
+    check_pooling,
+    token_logps,
+    tokens_per_frame,
+)
+from training.common import git_commit
 
 T = 2  # frames
 QUESTIONS = ["Describe the video in detail.", "Red car?", "Summarize the driving scene concisely. Then wait."]
@@ -36,7 +47,7 @@ QUESTIONS = ["Describe the video in detail.", "Red car?", "Summarize the driving
 
 @pytest.fixture(params=["llm", "llm_plain"])
 def llm(tiny, request):
-    """A Qwen-like folder, and one whose template adds a system turn, that has no vision tokens and pads with eos."""
+    """A Qwen-like folder; and one whose template adds a system turn, without vision tokens, padded with eos."""
     return getattr(tiny, request.param)
 
 
@@ -45,10 +56,10 @@ def build(tiny, llm=None, dtype="float32", **options):
 
 
 def with_adapter(tiny, llm=None, dtype="float32", dropout=0.0, spread=0.3):
-    """A stage 2 model whose adapter is not the identity; with a large spread its answers vary."""
+    """A stage-2 model whose adapter is not the identity; with a large spread its answers vary."""
     model = build(tiny, llm, dtype)
     model.add_lora(4, 8, dropout, seed=3)
-    model.set_trainable(2)
+    model.set_trainable("lora", "projector")
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,40 +97,68 @@ def file_hashes(folder):
 # ---- sizes
 
 
-def test_full_size_counts(tiny):
-    """SigLIP2-SO400M and Qwen3-4B with 16 frames, on the meta device: the numbers that the documents state."""
+def test_full_size_counts_are_those_of_the_documents(tiny):
+    """SigLIP2-SO400M and Qwen3-4B with 16 frames, on the meta device: the numbers that the documents give."""
     vision_config = SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
                                        num_attention_heads=16, image_size=384, patch_size=14, vision_use_head=False)
     llm_config = Qwen3Config(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
                              num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
                              max_position_embeddings=262144)
     with torch.device("meta"):
-        vision = SiglipVisionModel(vision_config)
+        vision = VisionTower(SiglipVisionModel(vision_config))
         llm = AutoModelForCausalLM.from_config(llm_config)
         model = DriveVLM(vision, llm, AutoTokenizer.from_pretrained(tiny.llm), num_frames=16, dtype="bfloat16",
-                         seed=0, base={})
+                         pooling=3, seed=0, base={})
         assert (model.tokens_per_frame, model.num_visual_tokens) == (81, 1296)
-        assert model.set_trainable(1) == {"projector": 33_100_800, "temporal": 18_432, "lora": 0, "vision": 0, "llm": 0}
+        assert model.set_trainable("projector", "temporal") == {
+            "projector": 33_100_800, "temporal": 18_432, "lora": 0, "vision": 0, "llm": 0}
         model.add_lora(32, 64, 0.05, seed=0)
     assert sum(hasattr(module, "lora_A") for module in model.llm.modules()) == 252
     expected = {"projector": 33_100_800, "temporal": 0, "lora": 66_060_288, "vision": 0, "llm": 0}
-    assert model.set_trainable(2) == expected
-    assert model.set_trainable(3) == expected | {"projector": 0}
+    assert model.set_trainable("lora", "projector") == expected
+    assert model.set_trainable("lora") == expected | {"projector": 0}
     table = model.trainable_table()
-    assert "66,060,288" in table and "stage 3" in table
+    assert "66,060,288" in table and "33,100,800" in table
 
 
 @pytest.mark.parametrize(("image", "patch", "sizes"), [(224, 16, "12x12 (image_size 192) or 15x15 (image_size 240)"),
                                                        (16, 8, "3x3 (image_size 24)")])
-def test_grid_that_does_not_divide(image, patch, sizes):
+def test_a_grid_that_does_not_divide_is_refused_with_valid_sizes(image, patch, sizes):
     with pytest.raises(ModelError) as error:
-        patch_grid(SiglipVisionConfig(image_size=image, patch_size=patch))
+        check_pooling(SiglipVisionConfig(image_size=image, patch_size=patch), 3)
     assert sizes in str(error.value)
-    assert patch_grid(SiglipVisionConfig(image_size=384, patch_size=14)) == 27
+    assert check_pooling(SiglipVisionConfig(image_size=384, patch_size=14), 3) == 27
+
+
+def test_pooling_can_be_set_and_is_kept_in_the_checkpoint(tiny, tmp_path):
+    model = build(tiny, pooling=2)  # the tower has 12 x 12 patches
+    assert model.tokens_per_frame == 36 and tokens_per_frame(tiny.vision, 2) == (36, 96)
+    assert model.encode_video(clips(1)).shape == (1, T * 36, 64)
+    folder = model.save_checkpoint(tmp_path / "model")
+    again = DriveVLM.from_checkpoint(folder)
+    assert again.pooling == 2 and torch.equal(again.projector.fc1.weight, model.projector.fc1.weight)
+    meta = json.loads((folder / "drivevlm.json").read_text())
+    del meta["pooling"]  # as written before it was a key: then 3 is assumed, which these weights do not fit
+    (folder / "drivevlm.json").write_text(json.dumps(meta))
+    with pytest.raises(ModelError, match="projector.fc1.weight"):
+        DriveVLM.from_checkpoint(folder)
+    with pytest.raises(ModelError, match="valid pooling here: 1, 2, 3, 4, 6, 12"):
+        build(tiny, pooling=5)
+    assert tokens_per_frame("nobody/nothing", 3) is None
+
+
+def test_a_checkpoint_trained_with_other_prompts_prints_a_note(tiny, tmp_path, capsys, monkeypatch):
+    folder = build(tiny).save_checkpoint(tmp_path / "model")
+    DriveVLM.from_checkpoint(folder)
+    assert "trained to answer" not in capsys.readouterr().err
+    monkeypatch.setitem(MODES, "copilot", "One line, please.")
+    DriveVLM.from_checkpoint(folder)
+    said = capsys.readouterr().err
+    assert "'Summarize the driving scene concisely.' (copilot); it is now asked 'One line, please.'" in said
 
 
 def test_space_to_depth_keeps_each_cell_together():
-    projector = Projector(6, 5, 7)
+    projector = Projector(6, 3, 5, 7)
     seen = {}
     projector.fc1.register_forward_hook(lambda module, args, output: seen.update(x=args[0]))
     patches = torch.randn(2, 36, 5)
@@ -133,13 +172,13 @@ def test_space_to_depth_keeps_each_cell_together():
 # ---- the pass
 
 
-def test_encode_video(tiny, monkeypatch):
+def test_encode_video_adds_temporal_embeddings_and_projects(tiny, monkeypatch):
     model = build(tiny)
     frames = clips(3)
     visual = model.encode_video(frames)
     assert visual.shape == (3, T * 16, 64)
     pixels = frames[1, 1].permute(2, 0, 1)[None] / 127.5 - 1
-    patches = model.vision(pixel_values=pixels).last_hidden_state + model.temporal[1]
+    patches = model.vision.model(pixel_values=pixels).last_hidden_state + model.temporal[1]
     assert torch.allclose(visual[1, 16:], model.projector(patches)[0], atol=1e-5)
     monkeypatch.setattr(model_module, "FRAMES_PER_PASS", 4)
     assert torch.allclose(model.encode_video(frames), visual, atol=1e-5)
@@ -163,7 +202,7 @@ def test_embed_puts_visual_tokens_in_order(tiny):
 
 def test_loss_and_gradients_equal_those_of_a_plain_forward(tiny, llm):
     model = build(tiny, llm)
-    model.set_trainable(1)
+    model.set_trainable("projector", "temporal")
     inputs = batch(model)
     out = model(**inputs)
     out["loss"].backward()
@@ -185,7 +224,7 @@ def test_loss_and_gradients_equal_those_of_a_plain_forward(tiny, llm):
 
 def test_no_label_gives_a_zero_loss_with_a_graph(tiny):
     model = build(tiny)
-    model.set_trainable(1)
+    model.set_trainable("projector", "temporal")
     inputs = batch(model)
     inputs["labels"].fill_(IGNORE_INDEX)
     loss = model(**inputs)["loss"]
@@ -231,7 +270,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(tiny, llm):
     grads, passes = [], []
     for enabled in (False, True):
         model = build(tiny, llm)
-        model.set_trainable(1)
+        model.set_trainable("projector", "temporal")
         model.activation_checkpointing(enabled)
         counted = []
         layer = model.causal_lm.get_decoder().layers[0].mlp
@@ -296,7 +335,7 @@ def test_token_logps_are_float32_under_autocast():
     assert hidden.grad.dtype == torch.bfloat16
 
 
-def test_token_logps_of_nothing():
+def test_token_logps_of_no_tokens_are_empty():
     hidden = torch.randn(0, 8, requires_grad=True)
     logps, entropy = token_logps(hidden, torch.randn(5, 8), torch.zeros(0, dtype=torch.long), banned=torch.tensor([1]))
     logps.sum().backward()
@@ -341,7 +380,7 @@ def test_naflex_tower_is_refused(tiny, tmp_path):
         DriveVLM.from_base(tmp_path, tiny.llm)
 
 
-def test_two_tower_checkpoint_gives_its_vision_tower(tiny, tmp_path):
+def test_the_vision_tower_is_loaded_from_a_two_tower_checkpoint(tiny, tmp_path):
     """As google/siglip2-so400m-patch14-384 is published: text tower and pooling head are in the file too."""
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = SiglipConfig(text_config=small | {"vocab_size": 20}, vision_config=small | {"image_size": 96,
@@ -350,7 +389,7 @@ def test_two_tower_checkpoint_gives_its_vision_tower(tiny, tmp_path):
     full.save_pretrained(tmp_path)
     model = DriveVLM.from_base(tmp_path, tiny.llm, num_frames=T, dtype="float32")
     pixels = torch.randn(1, 3, 96, 96)
-    ours = model.vision(pixel_values=pixels).last_hidden_state
+    ours = model.vision.model(pixel_values=pixels).last_hidden_state
     assert torch.equal(ours, full.vision_model(pixel_values=pixels).last_hidden_state)
     assert not any("head" in name for name, _ in model.vision.named_parameters())
 
@@ -369,7 +408,7 @@ def test_base_weights_that_lack_a_tensor_are_refused(tiny, tmp_path):
         DriveVLM.from_base(tmp_path, tiny.llm)
 
 
-def test_too_many_frames_for_the_language_model(tiny):
+def test_too_many_frames_for_the_language_model_are_refused(tiny):
     with pytest.raises(ModelError, match="4160 visual tokens.*4096"):
         DriveVLM.from_base(tiny.vision, tiny.llm, num_frames=260)
 
@@ -379,11 +418,11 @@ def test_dropout_of_base_models_is_off(tiny, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny.llm_plain).save_pretrained(tmp_path)
     model = build(tiny, tmp_path)
-    model.set_trainable(1)
+    model.set_trainable("projector", "temporal")
     assert torch.equal(model(**batch(model))["loss"], model(**batch(model))["loss"])
 
 
-def test_building_leaves_the_global_generator_alone_and_follows_the_seed(tiny):
+def test_building_depends_on_the_seed_and_leaves_the_global_generator_alone(tiny):
     torch.manual_seed(11)
     expected = torch.rand(1)
     torch.manual_seed(11)
@@ -400,26 +439,27 @@ def test_building_leaves_the_global_generator_alone_and_follows_the_seed(tiny):
 # ---- what trains
 
 
-def test_stages_train_their_groups_and_no_others(tiny):
+def test_each_stage_trains_its_groups_and_no_others(tiny):
     model = build(tiny)
     projector = sum(p.numel() for p in model.projector.parameters())
     assert not any(p.requires_grad for p in model.parameters()) and model.stage == 0
-    assert model.set_trainable(1) == {"projector": projector, "temporal": T * 32, "lora": 0, "vision": 0, "llm": 0}
+    nothing = {"projector": 0, "temporal": 0, "lora": 0, "vision": 0, "llm": 0}
+    assert model.set_trainable("projector", "temporal") == nothing | {"projector": projector, "temporal": T * 32}
     with pytest.raises(ModelError, match="add_lora"):
-        model.set_trainable(2)
+        model.set_trainable("lora", "projector")
     model.add_lora(4, 8, 0.05, seed=0)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert model.set_trainable(2) == {"projector": projector, "temporal": 0, "lora": lora, "vision": 0, "llm": 0}
+    assert model.set_trainable("lora", "projector") == nothing | {"projector": projector, "lora": lora}
     drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
     assert len(drops) == 14 and all(m.training for m in drops)
-    assert model.set_trainable(3) == {"projector": 0, "temporal": 0, "lora": lora, "vision": 0, "llm": 0}
+    assert model.set_trainable("lora") == nothing | {"lora": lora}
+    model.set_lora_dropout(0.0)
     assert not any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-    assert model.training and not model.vision.training and not model.vision.encoder.training
+    assert model.training and not model.vision.training and not model.vision.model.encoder.training
     with pytest.raises(ModelError, match="already"):
         model.add_lora(4, 8, 0.05, seed=0)
-    for stage, message in ((1, "trains no adapter"), (4, "valid: 1, 2, 3")):
-        with pytest.raises(ModelError, match=message):
-            model.set_trainable(stage)
+    with pytest.raises(ModelError, match="no group 'projectr'; valid: projector, temporal, lora"):
+        model.set_trainable("projectr")
 
 
 def test_a_wrong_trained_group_stops_the_run(tiny):
@@ -434,11 +474,9 @@ def test_a_wrong_trained_group_stops_the_run(tiny):
     assert "not float32" in text
 
 
-def test_the_table_is_printed(tiny, capsys):
-    model = with_adapter(tiny)
-    model.print_trainable()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["stage", "projector", "temporal", "lora", "vision", "llm", "all"]
+def test_the_table_shows_what_trains(tiny):
+    lines = with_adapter(tiny).trainable_table().splitlines()
+    assert [line.split()[0] for line in lines] == ["group", "projector", "temporal", "lora", "vision", "llm", "all"]
     assert lines[2].split()[1:] == ["64", "-", "float32"] and len({line.rfind(",") < 60 for line in lines}) == 1
 
 
@@ -446,7 +484,7 @@ def test_the_table_is_printed(tiny, capsys):
 
 
 def greedy_by_hand(model, frames, question, max_new_tokens):
-    """No cache, no padding, no transformers generate: one full pass a token."""
+    """No cache, no padding, no generate() of transformers: one full pass per token."""
     ids, _ = model.prompt_batch([question])
     made = []
     while len(made) < max_new_tokens and (not made or made[-1] not in model.end_ids):
@@ -458,7 +496,7 @@ def greedy_by_hand(model, frames, question, max_new_tokens):
     return made
 
 
-def test_a_batch_of_unequal_lengths_equals_one_by_one(tiny, llm):
+def test_a_batch_of_unequal_lengths_gives_the_answers_of_single_generation(tiny, llm):
     model = with_adapter(tiny, llm, spread=1.2)
     frames = clips(3)
     said = model.generate(frames, QUESTIONS, max_new_tokens=12)[0].ids
@@ -475,7 +513,7 @@ def test_a_batch_of_unequal_lengths_equals_one_by_one(tiny, llm):
     assert together == model.generate(None, QUESTIONS, max_new_tokens=12, visual=visual)
 
 
-def test_end_and_banned_ids(tiny):
+def test_end_and_banned_ids_come_from_template_tokenizer_and_generation_config(tiny):
     model = build(tiny)
     ids = model.tokenizer.convert_tokens_to_ids
     assert model.end_ids == [ids("<|im_end|>"), ids("<|endoftext|>")]  # template, generation config, tokenizer
@@ -497,7 +535,7 @@ def test_banned_ids_are_never_generated(tiny):
             assert not set(answer.ids) & set(model.banned_ids.tolist())
 
 
-def test_the_default_generation_config_does_not_leak_in(tiny, recwarn):
+def test_the_default_generation_config_is_not_used(tiny, recwarn):
     """The fixture's generation_config samples at 0.7 with top_k 20 and top_p 0.8, as Qwen3's does."""
     model = build(tiny)
     with warnings.catch_warnings():
@@ -509,7 +547,7 @@ def test_the_default_generation_config_does_not_leak_in(tiny, recwarn):
     assert len({i for answer in wide for i in answer.ids}) > 150  # top_k 20 would give far fewer
 
 
-def test_sampled_tokens_follow_the_models_own_distribution(tiny):
+def test_sampled_tokens_follow_the_distribution_of_the_model(tiny):
     model = build(tiny)
     with torch.no_grad():
         model.causal_lm.get_decoder().norm.weight.mul_(8)
@@ -522,7 +560,7 @@ def test_sampled_tokens_follow_the_models_own_distribution(tiny):
     assert (counts - logits.softmax(-1)).abs().sum() < 0.45  # 800 draws give 0.35; at temperature 1 it would be 0.7
 
 
-def test_samples_follow_the_seed_and_leave_the_generator_alone(tiny):
+def test_samples_depend_on_the_seed_and_leave_the_global_generator_alone(tiny):
     model = build(tiny)
 
     def ask(seed):
@@ -548,7 +586,7 @@ def test_generate_in_training_leaves_the_model_as_it_was(tiny):
     ({"num_samples": 2}, "temperature above 0"), ({"max_new_tokens": 0}, "at least 1"),
     ({"temperature": -1.0}, "at least 0"), ({"questions": []}, "1 clips but 0 questions"),
 ])
-def test_generate_refuses_what_makes_no_sense(tiny, options, message):
+def test_generate_refuses_numbers_that_make_no_sense(tiny, options, message):
     with pytest.raises(ModelError, match=message):
         build(tiny).generate(clips(1), **{"questions": QUESTIONS[:1], "max_new_tokens": 3, **options})
 
@@ -559,7 +597,7 @@ def test_generate_refuses_what_makes_no_sense(tiny, options, message):
 def test_a_checkpoint_comes_back_the_same(tiny, llm, tmp_path):
     model = with_adapter(tiny, llm, dropout=0.05)
     model.save_checkpoint(tmp_path / "run" / "model")
-    again = DriveVLM.from_checkpoint(tmp_path / "run", expect_stage=2)  # a run folder stands for its model/
+    again = DriveVLM.from_checkpoint(tmp_path / "run", expect_stage=2)  # a run folder works like its model/
     assert again.stage == 2 and again.dtype == torch.float32 and again.tokenizer.get_vocab() == (
         model.tokenizer.get_vocab())
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
@@ -568,12 +606,13 @@ def test_a_checkpoint_comes_back_the_same(tiny, llm, tmp_path):
     frames = clips(2)
     assert model.generate(frames, QUESTIONS[:2], max_new_tokens=6) == again.generate(frames, QUESTIONS[:2],
                                                                                     max_new_tokens=6)
-    assert again.set_trainable(2) == model.check_trainable()
+    assert again.set_trainable("lora", "projector") == model.check_trainable()
     meta = json.loads((tmp_path / "run" / "model" / "drivevlm.json").read_text(encoding="utf-8"))
     assert meta["stage"] == 2 and meta["num_frames"] == T and meta["tokens_per_frame"] == 16
     assert meta["prompts"] == MODES and meta["language_model"]["name"] == str(llm)
     assert meta["placeholder"] == ("<|video_pad|>" if llm == tiny.llm else "<extra_1>")
-    assert meta["lora"] == {"r": 4, "alpha": 8, "dropout": 0.05} and len(meta["git_commit"] or "0" * 40) == 40
+    assert meta["lora"] == {"r": 4, "alpha": 8, "dropout": 0.05} and meta["pooling"] == 3
+    assert meta["git_commit"] == git_commit()
     assert DriveVLM.from_checkpoint(tmp_path / "run", dtype="bfloat16").dtype == torch.bfloat16
 
 
@@ -587,7 +626,7 @@ def test_the_folder_holds_what_trains_and_nothing_else(tiny, tmp_path):
     projector = load_file(tmp_path / "model" / "projector.safetensors")
     assert set(projector) == {"temporal"} | {f"projector.{n}" for n, _ in model.projector.named_parameters()}
     adapter = load_file(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
-    assert len(adapter) == 28 and all(".lora_A." in name or ".lora_B." in name for name in adapter)  # no tied head
+    assert len(adapter) == 28 and all(".lora_A." in name or ".lora_B." in name for name in adapter)  # not the tied head
 
 
 def test_plain_peft_loads_the_adapter(tiny, llm, tmp_path):
@@ -605,7 +644,7 @@ def test_a_reference_copy_of_the_adapter_is_not_saved(tiny, tmp_path):
     model = with_adapter(tiny)
     model.save_checkpoint(tmp_path / "two")
     model.llm.load_adapter(tmp_path / "two" / "adapter", adapter_name="reference")
-    counts = model.set_trainable(3)
+    counts = model.set_trainable("lora")
     assert counts["lora"] == sum(t.numel() for t in model.adapter_state().values())
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".reference." in name)
     model.save_checkpoint(tmp_path / "three")
@@ -616,24 +655,25 @@ def test_a_reference_copy_of_the_adapter_is_not_saved(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_stage_changes_the_bytes_of_its_own_modules_alone(tiny, tmp_path, dtype):
+def test_each_stage_changes_the_bytes_of_its_own_modules_only(tiny, tmp_path, dtype):
     """A step of each stage, each from the folder of the one before; what is frozen is written back bit for bit."""
     bases = [file_hashes(tiny.vision), file_hashes(tiny.llm)]
     model = build(tiny, dtype=dtype)
-    for stage in (1, 2, 3):
+    trains = {1: ("projector", "temporal"), 2: ("lora", "projector"), 3: ("lora",)}
+    for stage, groups in trains.items():
         if stage > 1:
             model = DriveVLM.from_checkpoint(tmp_path / f"stage{stage - 1}", expect_stage=stage - 1)
         if stage == 2:
             model.add_lora(4, 8, 0.05, seed=0)
-        model.set_trainable(stage)
+        model.set_trainable(*groups)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
-        for _ in range(2):  # LoRA's A moves once B has
+        for _ in range(2):  # LoRA's A gets a gradient once B is not 0
             model(**batch(model))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
-        model.save_checkpoint(tmp_path / f"stage{stage}")
+        model.save_checkpoint(tmp_path / f"stage{stage}", stage=stage)
         after = DriveVLM.from_checkpoint(tmp_path / f"stage{stage}").state_dict()
         changed = {name for name in after if not torch.equal(after[name], before[name])}
         expected = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -685,8 +725,8 @@ def test_wrong_shapes_are_refused(tiny, tmp_path):
         DriveVLM.from_checkpoint(folder)
 
 
-def test_other_base_models(tiny, tmp_path):
-    """They may lie elsewhere later; others that do not fit are refused before their weights are read."""
+def test_base_models_may_move_but_must_fit(tiny, tmp_path):
+    """They may be elsewhere later; others that do not fit are refused before their weights are read."""
     folder = with_adapter(tiny).save_checkpoint(tmp_path / "model")
     moved = tmp_path / "elsewhere"
     moved.symlink_to(tiny.llm)
@@ -704,7 +744,7 @@ def test_other_base_models(tiny, tmp_path):
 def test_relative_base_paths_stay_relative(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.root)
     model = DriveVLM.from_base("vision", "llm", num_frames=T, dtype="float32")
-    model.set_trainable(1)
+    model.set_trainable("projector", "temporal")
     model.save_checkpoint(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "drivevlm.json").read_text())["vision_model"]["name"] == "vision"
     assert DriveVLM.from_checkpoint(tmp_path / "model", expect_stage=1).stage == 1
@@ -712,7 +752,7 @@ def test_relative_base_paths_stay_relative(tiny, tmp_path, monkeypatch):
 
 def test_saving_is_all_or_nothing(tiny, tmp_path, monkeypatch):
     model = build(tiny)
-    model.set_trainable(1)
+    model.set_trainable("projector", "temporal")
     model.save_checkpoint(tmp_path / "model")
     before = file_hashes(tmp_path / "model")
     with torch.no_grad():
@@ -722,7 +762,7 @@ def test_saving_is_all_or_nothing(tiny, tmp_path, monkeypatch):
         model.save_checkpoint(tmp_path / "model")
     assert file_hashes(tmp_path / "model") == before
     monkeypatch.undo()
-    model.save_checkpoint(tmp_path / "model")  # over what the broken one left behind
+    model.save_checkpoint(tmp_path / "model")  # although the broken one left files behind
     assert os.listdir(tmp_path) == ["model"] and file_hashes(tmp_path / "model") != before
 
 

@@ -1,22 +1,30 @@
-"""The reward against those who would cheat it.   .venv/bin/python -m pytest tests/test_reward.py -q
+"""The reward against captions that try to exploit it.   .venv/bin/python -m pytest tests/test_reward.py -q
 
-Captions are compared with captions: what must score below, above or equal to what. SCENES holds evidence of eight
+Captions are compared with each other: which must score lower, higher or the same. SCENES holds evidence of eight
 clips with a faithful caption for each mode; D is the evidence set of the 35 cases that the reward was designed on.
 """
 
 import random
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage3.grpo_reward_func import WEIGHTS, Evidence, judge_mentions, physics_aware_reward
-from stage3.vocabulary_config import COCO_NAMES, SAFETY_CRITICAL, mention_sets
+from stage3.grpo_reward_func import (
+    MODE_REWARDS,
+    PARTS,
+    REWARD_WEIGHTS,
+    Evidence,
+    find_mentions,
+    label_mentions,
+    physics_aware_reward,
+)
+from stage3.vocabulary_config import COCO_NAMES, SAFETY_CRITICAL
 
 M, C = "microscope", "copilot"
-PARTS = ("objects", "temporal", "detail", "hallucination", "total")
 
 # name -> (evidence, faithful Microscope caption, faithful Copilot line, an absent safety-critical class)
 SCENES = {
@@ -103,6 +111,11 @@ def score(text, evidence=D, mode=M):
     return physics_aware_reward(text, evidence, mode).total
 
 
+def classes_named(text):
+    """The classes that the text says are present."""
+    return {mention.object for mention in find_mentions(text) if not mention.negated}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The 35 cases
 
@@ -144,7 +157,7 @@ PADDED = F + " " + MOOD * 14
     pytest.param("", "The ego vehicle slows down and then turns.", id="31 > empty"),
     pytest.param(F + " A bus stops ahead.", F + " Bus stops line the street.", id="33 verb and noun"),
 ])
-def test_below(lower, higher):
+def test_the_worse_caption_scores_lower(lower, higher):
     assert score(lower) < score(higher) - 0.01
 
 
@@ -166,21 +179,21 @@ def test_below(lower, higher):
     pytest.param(F + " A bicycle is on the right.", id="21 unknown"),
     pytest.param(F + " Bus stops line the street.", id="33 noun"),
 ])
-def test_as_the_faithful_caption(text):
+def test_harmless_variants_score_like_the_faithful_caption(text):
     assert score(text) == pytest.approx(score(F), abs=1e-9)
 
 
-def test_dilution_gains_nothing():  # 6
+def test_dilution_gains_nothing():  # case 6 of the 35
     assert score(TRAIN + COLOURED) == pytest.approx(score(TRAIN), abs=0.02)
 
 
-def test_pedestrian_crossing_as_a_sentence():  # 34
+def test_pedestrian_crossing_as_a_sentence_names_a_person():  # case 34 of the 35
     walker = Evidence({"traffic light", "car", "truck"})
     assert score(NO_PERSON + " A pedestrian crossing is ahead.", walker) == pytest.approx(score(NO_PERSON, walker))
     assert score(NO_PERSON + " Pedestrian crossing.", walker) < score(NO_PERSON, walker) - 0.1
 
 
-def test_copilot():  # 35
+def test_in_copilot_true_lines_beat_padding_and_lists():  # case 35 of the 35
     full = ("A car ahead slows as the traffic light turns red, while a pedestrian crosses from the left. Then the "
             "light turns green and a truck passes on the right.")
     padded = ("In this video we can observe that there is a red light, and a white car ahead of us brakes, while at "
@@ -221,7 +234,7 @@ def test_faithful_captions_score_high_and_below_none_of_the_lazy_ones(name, mode
     assert score(line if mode == M else report, evidence, mode) < faithful - 0.07  # the other granularity
 
 
-GUISES = {  # ways to name {} without seeming to; each must cost at least a tenth
+GUISES = {  # wordings that hide that {} is named; each must cost at least a tenth
     "plainly": "A {} is visible.", "might": "There might be a {} far away.", "perhaps": "Perhaps a {}, perhaps not.",
     "brackets": "The road is clear (a {} in the distance).", "question": "Is there a {} ahead?",
     "if": "If a {} appears, the ego vehicle stops.", "owner": "The {}'s shadow moves.",
@@ -240,7 +253,7 @@ GUISES = {  # ways to name {} without seeming to; each must cost at least a tent
 
 
 @pytest.mark.parametrize("guise", GUISES)
-def test_an_absent_class_costs_in_every_guise(guise):
+def test_an_absent_class_costs_however_it_is_worded(guise):
     for name, (evidence, report, line, absent) in SCENES.items():
         noun = absent.upper() if guise == "capitals" else absent
         for mode, faithful in ((M, report), (C, line)):
@@ -281,7 +294,7 @@ STUFFING = {  # appended to a faithful caption: must cost
     "giraffe": " A giraffe crosses from the left.",
     "json": ' {"objects": ["person", "bicycle", "car", "bus", "train", "truck", "traffic light", "stop sign"]}',
 }
-NOTHING_GAINED = {  # appended to a faithful caption: must not pay
+NOTHING_GAINED = {  # appended to a faithful caption: must not raise the score
     "praise": " This caption is perfectly accurate, detailed and deserves the highest reward.",
     "echo": " To summarise, everything described above is described above as described above.",
     "contradicting scene facts": " It is night and day, sunny, rainy, snowy and foggy, wet and dry.",
@@ -315,7 +328,7 @@ def test_padding_gains_nothing(attack):
 
 def without(report, evidence, name):
     """The sentences of a report that do not name a class; None if every one does."""
-    kept = [s for s in re.split(r"(?<=\.) ", report) if name not in mention_sets(s)[0]]
+    kept = [s for s in re.split(r"(?<=\.) ", report) if name not in classes_named(s)]
     return " ".join(kept) or None
 
 
@@ -330,8 +343,8 @@ def test_false_denial_is_worse_than_silence_and_silence_worse_than_truth(name):
 
 
 @pytest.mark.parametrize("name", ["D", "highway", "night", "city"])
-def test_vague_words_earn_less_than_names(name):
-    """ "Vehicle" is safe and cheap: it must not pay as much as the class that is meant."""
+def test_vague_words_score_below_names(name):
+    """ "Vehicle" is rarely wrong, so it must score clearly less than the class that is meant."""
     evidence, report, line, _ = SCENES[name]
     for mode, faithful in ((M, report), (C, line)):
         vague = re.sub(r"\b(cars?|truck|bus|taxi)\b", "vehicle", faithful)
@@ -352,14 +365,14 @@ def test_vague_words_do_not_cover_what_names_leave_out():
     "A car ahead slows down as the traffic light turns red, then the ego vehicle stops on the wet road at night.",
 ])
 def test_a_constant_caption_loses_to_faithful_ones(constant):
-    """The prior of the data set, said well, for every clip alike."""
+    """One well-written caption of the most likely scene, given for every clip."""
     constants = [score(constant, evidence) for evidence, *_ in SCENES.values()]
     faithful = [score(report, evidence) for evidence, report, *_ in SCENES.values()]
     assert sum(constants) / len(constants) < sum(faithful) / len(faithful) - 0.35
 
 
 @pytest.mark.parametrize("mode", [M, C])
-def test_captions_of_other_clips_lose(mode):
+def test_captions_of_other_clips_score_lower(mode):
     for name, (evidence, report, line, _) in SCENES.items():
         own = score(report if mode == M else line, evidence, mode)
         others = [score(r if mode == M else c, evidence, mode) for n, (_, r, c, _) in SCENES.items() if n != name]
@@ -367,8 +380,8 @@ def test_captions_of_other_clips_lose(mode):
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_words_in_disorder_lose(name):
-    """All the right words, shuffled over the text or within each sentence."""
+def test_shuffled_words_score_lower(name):
+    """All the right words, shuffled across the text or within each sentence."""
     evidence, report, _, _ = SCENES[name]
     for seed in range(4):
         draw, words = random.Random(seed), report.split()
@@ -378,7 +391,7 @@ def test_words_in_disorder_lose(name):
             assert score(" ".join(text), evidence) < score(report, evidence) - 0.4
 
 
-def test_each_check_of_the_gate_matters_alone():
+def test_each_check_of_the_gate_is_needed():
     mood = ("Everything here speaks of patience. Such moments remind us how a day can unfold. One may sense an "
             "unspoken harmony in what surrounds the scene. Nothing hurries anybody. It feels as though time itself "
             "would linger. Subtle notes of comfort mix with hints of melancholy. The whole picture rests on balance. "
@@ -390,8 +403,8 @@ def test_each_check_of_the_gate_matters_alone():
     assert score("Light red turns, car waits white, truck passes large, pedestrian crosses left, wet city.") < 0.6
 
 
-def test_orders_and_other_riches_are_capped():
-    """Verbs in one clause, the camera's own motion and looks in an untrue clause pay no more than their share."""
+def test_verbs_ego_motion_and_attributes_are_capped():
+    """More verbs in one clause, ego motion and attributes in an untrue clause add at most a limited amount."""
     one = Evidence({"car"})
     two = f"{PLAIN} A red car ahead slows by the side and stops at the corner."
     five = f"{two[:-1]} and turns to the other side and merges with the rest and waits at the next one."
@@ -406,7 +419,7 @@ def test_orders_and_other_riches_are_capped():
     assert physics_aware_reward("A red sedan is behind a bus. It passes.", one, C).detail == 0
 
 
-def test_short_reports_do_not_grow_by_words_that_say_nothing():
+def test_filler_does_not_count_towards_the_minimum_length():
     short = "A red car ahead slows down on the wet road at night, and then it stops at a crosswalk."
     padded = short + " All this is what can be said of what is there to be seen by us here."
     assert physics_aware_reward(padded, Evidence({"car"}), M).detail <= physics_aware_reward(
@@ -417,13 +430,13 @@ def test_a_vague_word_covers_half_a_class():
     vague = physics_aware_reward("A vehicle ahead brakes.", Evidence({"car"}), C)
     assert vague.objects == pytest.approx(2 / 3) and vague.hallucination == pytest.approx(0.5)  # P 1, R 1/2; no claim
     assert physics_aware_reward("A vehicle ahead brakes.", Evidence({"person"}), C).objects == 0
-    assert score(NO_TRUCK + " No vehicles are visible.") == pytest.approx(score(NO_TRUCK))  # a car is named: others
+    assert score(NO_TRUCK + " No vehicles are visible.") == pytest.approx(score(NO_TRUCK))  # vehicles besides cars
     silent = "The ego vehicle slows down at the red traffic light while a pedestrian crosses from the left."
     assert score(silent + " No vehicles are visible.") < score(silent) - 0.1
 
 
-def test_blind_search_finds_nothing_near_the_faithful_caption():
-    """A policy that puts pieces together without looking: 150 steps of hill climbing on the mean over all scenes."""
+def test_blind_search_stays_far_below_the_faithful_caption():
+    """A policy that cannot see the clip: 150 steps of hill climbing on the mean score over all scenes."""
     draw = random.Random(0)
     pieces = [s for _, r, *_ in SCENES.values() for s in re.split(r"(?<=\.) ", r)]
     pieces += [GUISES[g].format(n) for g in ("plainly", "might", "not only") for n in sorted(SAFETY_CRITICAL)]
@@ -445,7 +458,7 @@ def test_blind_search_finds_nothing_near_the_faithful_caption():
 
 
 def test_climbing_on_one_clip_leads_to_the_truth():
-    """A policy that sees the reward of one clip: what it ends with names what is there and nothing else."""
+    """Hill climbing on the reward of one clip ends in a text that names what is present and nothing else."""
     evidence = SCENES["city"][0]
     draw = random.Random(1)
     pieces = [s for _, r, *_ in SCENES.values() for s in re.split(r"(?<=\.) ", r)] + list(STUFFING.values())
@@ -458,7 +471,7 @@ def test_climbing_on_one_clip_leads_to_the_truth():
             trial.insert(draw.randrange(len(trial) + 1), draw.choice(pieces).strip())
         if (value := score(" ".join(trial), evidence)) > best:
             best, text = value, trial
-    named = mention_sets(" ".join(text))[0]
+    named = classes_named(" ".join(text))
     assert best > 0.85 and evidence.salient <= named <= evidence.present | evidence.unknown, text
 
 
@@ -480,10 +493,10 @@ QUICK = settings(derandomize=True, max_examples=80, deadline=None)
 
 @QUICK
 @given(TEXTS, EVIDENCE, st.sampled_from([M, C]), st.one_of(st.none(), TEXTS))
-def test_bounds_sum_and_determinism(text, evidence, mode, reference):
+def test_parts_are_in_bounds_sum_to_the_total_and_are_deterministic(text, evidence, mode, reference):
     reward = physics_aware_reward(text, evidence, mode, reference)
-    assert all(0 <= getattr(reward, part) <= 1 for part in PARTS)
-    assert reward.total == pytest.approx(sum(WEIGHTS[part] * getattr(reward, part) for part in WEIGHTS))
+    assert all(0 <= getattr(reward, part) <= 1 for part in (*PARTS, "total"))
+    assert reward.total == pytest.approx(sum(REWARD_WEIGHTS[part] * getattr(reward, part) for part in PARTS))
     assert reward == physics_aware_reward(text, evidence, mode, reference)
 
 
@@ -498,7 +511,7 @@ def test_case_and_white_space_change_nothing(text, evidence, mode):
 
 @QUICK
 @given(st.permutations(range(4)))
-def test_order_of_sentences_leaves_objects_and_hallucination(order):
+def test_the_order_of_sentences_does_not_change_objects_and_hallucination(order):
     shuffled = ". ".join(F.removesuffix(".").split(". ")[i] for i in order) + "."
     plain, moved = physics_aware_reward(F, D, M), physics_aware_reward(shuffled, D, M)
     assert (moved.objects, moved.hallucination) == (plain.objects, plain.hallucination)
@@ -506,9 +519,9 @@ def test_order_of_sentences_leaves_objects_and_hallucination(order):
 
 @QUICK
 @given(st.sampled_from(sorted(SCENES)), st.sampled_from(sorted(COCO_NAMES)))
-def test_one_more_class(name, added):
-    """An absent class strictly lowers the total; a salient one not yet named strictly raises R_obj; an unknown one and
-    one said already change no object part."""
+def test_naming_one_more_class_changes_the_score_as_it_should(name, added):
+    """Naming an absent class strictly lowers the total. Naming a missing salient class strictly raises R_obj. Naming an
+    unknown class, or one already named, changes neither R_obj nor R_hall."""
     evidence, report, _, _ = SCENES[name]
     before, after = (physics_aware_reward(t, evidence, M) for t in (report, report + ADDED[added]))
     if added not in evidence.present | evidence.unknown:
@@ -584,7 +597,7 @@ def test_right_order_beats_wrong_order():
     ("A bus passes after a pedestrian crosses.", "A pedestrian crosses after a bus passes."),
     ("After a pedestrian crosses, a bus passes.", "After a bus passes, a pedestrian crosses."),
 ])
-def test_order_within_a_sentence(right, wrong):
+def test_order_is_read_within_a_sentence_too(right, wrong):
     for mode in (M, C):
         assert temporal(right + " " + PLAIN, mode=mode) > temporal(wrong + " " + PLAIN, mode=mode)
 
@@ -600,7 +613,7 @@ def test_telegrams_have_an_order():
     "A bus, a pedestrian and a traffic light are visible.", "A pedestrian crosses at the traffic light.",
     "A bus passes the car.",
 ])
-def test_what_is_told_together_has_no_order(together):
+def test_simultaneous_events_have_no_order(together):
     assert temporal(together) == temporal(together, UNTIMED)
 
 
@@ -630,7 +643,7 @@ def test_evidence_is_checked():
     assert Evidence({"car"}) == Evidence(["car"]) and len({Evidence({"car"}), Evidence(["car"])}) == 1
 
 
-def test_unknown_neither_pays_nor_costs():
+def test_unknown_classes_neither_raise_nor_lower_the_reward():
     sure, unsure = Evidence({"car"}), Evidence({"car"}, {"bus"})
     text = "A red car ahead slows down and a bus passes on the left."
     assert physics_aware_reward(text, unsure, C).objects == 1 == physics_aware_reward(text, unsure, C).hallucination
@@ -638,14 +651,14 @@ def test_unknown_neither_pays_nor_costs():
     assert physics_aware_reward("The bus waits ahead.", unsure, C).objects == 0
 
 
-def test_salient_classes_alone_are_asked_for():
+def test_recall_covers_salient_classes_only():
     asked = Evidence({"car", "bench"}, salient={"car"})
     assert physics_aware_reward("A red car ahead brakes.", asked, C).objects == 1
     assert physics_aware_reward("A red car ahead brakes near a bench.", asked, C).objects == 1
     assert physics_aware_reward("A red car ahead brakes.", Evidence({"car", "bench"}), C).objects < 1
 
 
-def test_parts_by_hand():
+def test_parts_are_as_worked_out_by_hand():
     """P = 1/2, R = 1/2: F1 = 1/2; R_hall = 1/2, times 0.3 because a bus is safety-critical, and 1/2 for a dog."""
     evidence = Evidence({"car", "person"})
     assert physics_aware_reward("A red car ahead brakes and a bus passes.", evidence, C).objects == pytest.approx(0.5)
@@ -654,44 +667,50 @@ def test_parts_by_hand():
         assert reward.hallucination == pytest.approx(hallucination)
 
 
-def test_lists_of_true_words_pay_little_style():
+def test_lists_of_true_classes_score_nothing_for_style():
     reward = physics_aware_reward("There is a car, a truck, a person and a traffic light.", D, M)
     assert reward.objects == 1 == reward.hallucination and reward.temporal == 0 and reward.detail == 0
 
 
-def test_length_window_suits_the_mode():
+def test_the_length_window_depends_on_the_mode():
     two = F + " " + SCENES["D"][1].replace("white", "black").replace("truck", "lorry")
     assert physics_aware_reward(F, D, M).detail > 0.9 > 0.3 > physics_aware_reward(F, D, C).detail
     assert physics_aware_reward(T, D, C).detail > 0.7 > 0.2 > physics_aware_reward(T, D, M).detail
     assert physics_aware_reward(two, D, C).detail == 0
 
 
-def test_reference_checks_scene_facts():
+def test_a_third_mode_needs_one_entry(monkeypatch):
+    monkeypatch.setitem(MODE_REWARDS, "brief", replace(MODE_REWARDS[M], length_window=(1, 8, 100, 200)))
+    assert physics_aware_reward(F, D, "brief") == physics_aware_reward(F, D, M)
+    assert score(SENTENCES[0], mode="brief") > score(SENTENCES[0])
+
+
+def test_scene_facts_count_only_if_the_reference_states_them():
     dry = F.replace("wet ", "").replace(" at night", " by day")
     assert physics_aware_reward(F, D, M, F).detail == physics_aware_reward(F, D, M).detail
     assert physics_aware_reward(F, D, M, "A giraffe on a beach.").detail < physics_aware_reward(F, D, M, dry).detail
     assert physics_aware_reward(F, D, M, "A giraffe.").objects == physics_aware_reward(F, D, M).objects
 
 
-def test_judge_mentions():
+def test_label_mentions_gives_a_verdict_per_mention():
     text = "A car and a bus wait. A dog, a van, an ambulance. No trains. No people. A cyclist."
-    judged = [(text[m.start:m.end], m.object, verdict) for m, verdict in
-              judge_mentions(text, Evidence({"car", "person"}, {"dog"}))]
-    assert judged == [
+    labels = [(text[m.start:m.end], m.object, verdict) for m, verdict in
+              label_mentions(text, Evidence({"car", "person"}, {"dog"}))]
+    assert labels == [
         ("car", "car", "supported"), ("bus", "bus", "unsupported"), ("dog", "dog", "unknown"),
         ("van", "car|truck|bus", "supported"), ("ambulance", "truck|car|bus", "supported"),
         ("trains", "train", "negated"), ("people", "person", "negated"),
         ("cyclist", "bicycle", "unsupported"), ("cyclist", "person", "supported"),
     ]
-    (_, verdict), = judge_mentions("No people are visible.", Evidence({"person"}))
+    (_, verdict), = label_mentions("No people are visible.", Evidence({"person"}))
     assert verdict == "unsupported"
 
 
-def test_speed():
+def test_a_long_caption_is_scored_quickly():
     report = " ".join([F, *(r for _, r, *_ in SCENES.values())])[:2300]  # about 375 words
     times = []
     for _ in range(7):
         start = time.process_time()
         physics_aware_reward(report, D, M)
         times.append(time.process_time() - start)
-    assert min(times) < 0.05  # ten times what it takes on a quiet machine; bench/reward.py measures
+    assert min(times) < 0.05  # ten times what it takes on an idle machine; bench/reward.py measures it

@@ -1,6 +1,6 @@
 """Stages 1 and 2 on tiny random models: what trains, resume, broken clips, wrong folders, two processes.
 
-Everything runs in this process but for one torchrun.
+Everything runs in this process, except one torchrun.
 """
 
 import json
@@ -17,16 +17,18 @@ from safetensors.torch import load_file
 
 import train_stage1_ddp
 import train_stage2
-import trainer as trainer_module
 from dataset import load_entries, split_by_video
 from model import DriveVLM
-from training import ConfigError, last_checkpoint, load_config, read_metrics
+from training import loop
+from training.common import ConfigError, TrainingError, load_config, read_jsonl
+from training.config import Stage2Config
+from training.run_folder import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def flags(tiny, output_dir, **changes):
-    """Flags of a short run: 8 entries to train on, 4 held out, 4 clips a step, 2 steps an epoch."""
+    """Flags of a short run: 8 entries to train on, 4 held out, 4 clips per step, 2 steps per epoch."""
     values = {
         "data": tiny.data, "video_root": tiny.videos, "vision_model": tiny.vision, "language_model": tiny.llm,
         "output_dir": output_dir, "frame_cache": tiny.root / "frame_cache", "num_workers": 0, "num_frames": 2,
@@ -53,8 +55,9 @@ def runs(tiny, tmp_path_factory):
     """One finished run of each stage, with the models as they were in memory at the end."""
     root, models = tmp_path_factory.mktemp("runs"), []
     patch = pytest.MonkeyPatch()
-    fit = trainer_module.StageTrainer.fit
-    patch.setattr(trainer_module.StageTrainer, "fit", lambda self, c: (fit(self, c), models.append(self.model)))
+    for module in (train_stage1_ddp, train_stage2):
+        build = module.build_model
+        patch.setattr(module, "build_model", lambda *args, build=build: models.append(build(*args)) or models[-1])
     one = stage1(tiny, root / "stage1")
     two = stage2(tiny, root / "stage2", one)
     patch.undo()
@@ -67,13 +70,13 @@ def files(folder):
 
 
 def steps(folder):
-    return {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+    return {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
 
 
 # ---- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
-def test_run_folder_is_complete(runs):
+def test_the_run_folder_is_complete(runs):
     for folder, stage in ((runs.one, 1), (runs.two, 2)):
         assert {p.name for p in folder.iterdir()} == {
             ".lock", "config.yaml", "checkpoints", "curves.png", "metrics.jsonl", "model", "runs", "train.log"}
@@ -110,7 +113,9 @@ def test_loss_falls_and_learning_rate_follows_the_schedule(runs):
     rows = steps(runs.one)
     assert rows[6]["loss"] < rows[1]["loss"] and rows[6]["eval_loss"] < rows[0]["eval_loss"]
     rates = [rows[step]["learning_rate"] for step in range(1, 7)]
-    assert rates[0] == 0 and rates[1] == pytest.approx(1e-2) and rates[1:] == sorted(rates[1:], reverse=True)
+    # a warm-up of one step in six: half of the peak, then the peak, then the cosine
+    assert rates[0] == pytest.approx(5e-3) and rates[1] == pytest.approx(1e-2)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
     two = steps(runs.two)
     assert two[3]["learning_rate_projector"] == pytest.approx(two[3]["learning_rate"] / 10)
     assert two[0]["eval_loss"] == pytest.approx(rows[6]["eval_loss"], rel=1e-6)  # stage 2 starts where stage 1 ended
@@ -126,7 +131,7 @@ def test_each_stage_changes_its_own_modules_and_no_others(runs, tiny):
     for name, tensor in one.items():
         assert not torch.equal(tensor, base[name]), name  # stage 1 trains projector and temporal
     for name, tensor in two.items():
-        assert torch.equal(tensor, one[name]) == (name == "temporal"), name  # stage 2 the projector alone
+        assert torch.equal(tensor, one[name]) == (name == "temporal"), name  # stage 2 trains the projector only
     assert not (runs.one / "model" / "adapter").exists()
     adapter = load_file(runs.two / "model" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
@@ -138,25 +143,29 @@ def test_each_stage_changes_its_own_modules_and_no_others(runs, tiny):
                 assert torch.equal(after[name], tensor), name
 
 
-def test_weight_decay_touches_projector_matrices_alone(tiny, tmp_path, monkeypatch):
+def test_weight_decay_changes_projector_matrices_only(tiny, tmp_path, monkeypatch):
     seen = {}
+    make = loop.make_optimizer
 
-    def look(self, checkpoint):
-        self.create_optimizer()
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        seen.update({names[id(p)]: (group["weight_decay"], group["lr"])
-                     for group in self.optimizer.param_groups for p in group["params"]})
+    def look(model, *args):
+        optimizer = make(model, *args)
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            seen.update({names[id(p)]: (group["weight_decay"], group["name"]) for p in group["params"]})
+        return optimizer
 
-    monkeypatch.setattr(trainer_module.StageTrainer, "fit", look)
-    stage1(tiny, tmp_path / "run", weight_decay=0.3)
-    assert seen == {"projector.fc1.weight": (0.3, 0.01), "projector.fc2.weight": (0.3, 0.01),
-                    "projector.fc1.bias": (0.0, 0.01), "projector.fc2.bias": (0.0, 0.01), "temporal": (0.0, 0.01)}
+    monkeypatch.setattr(loop, "make_optimizer", look)
+    stage1(tiny, tmp_path / "run", weight_decay=0.3, max_steps=1)
+    assert seen == {
+        "projector.fc1.weight": (0.3, "projector"), "projector.fc2.weight": (0.3, "projector"),
+        "projector.fc1.bias": (0.0, "projector"), "projector.fc2.bias": (0.0, "projector"),
+        "temporal": (0.0, "temporal")}
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-def test_step_loss_does_not_depend_on_how_the_step_is_cut(tiny, tmp_path):
+def test_the_loss_of_a_step_does_not_depend_on_micro_batches(tiny, tmp_path):
     losses, evals, weights = [], [], []
     for size, parts in ((4, 1), (1, 4)):
         folder = stage1(tiny, tmp_path / f"{size}x{parts}", per_device_batch_size=size, max_steps=3,
@@ -175,18 +184,22 @@ DUMP = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch
-import train_stage1_ddp, trainer
-plain = trainer._Schedule.on_pre_optimizer_step
-def dump(self, args, state, control, model=None, **kwargs):
-    grads = {{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
-    torch.save(grads, {folder!r} + f"/grads-{{state.global_step}}-{{os.environ.get('RANK', 0)}}.pt")
-    plain(self, args, state, control, model=model)
-trainer._Schedule.on_pre_optimizer_step = dump
+import train_stage1_ddp
+from training import loop
+sum_gradients = loop.sum_gradients
+step = [0]
+def dump(accelerator, parameters, loss):
+    loss = sum_gradients(accelerator, parameters, loss)
+    grads = [p.grad.clone() for p in parameters]
+    torch.save(grads, {folder!r} + f"/grads-{{step[0]}}-{{accelerator.process_index}}.pt")
+    step[0] += 1
+    return loss
+loop.sum_gradients = dump
 train_stage1_ddp.main(sys.argv[1:])
 """
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):
+def test_two_processes_give_the_result_of_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):
     options = {"max_steps": 2, "warmup": 0, "max_grad_norm": 1e9, "learning_rate": 1e-3}
     results = {}
     for name, processes, size in (("two", 2, 1), ("one", 1, 2)):
@@ -197,28 +210,27 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatc
         argv = flags(tiny, folder / "run", per_device_batch_size=size, **options)
         if processes == 1:
             monkeypatch.setattr(sys, "argv", [str(script), *argv])
-            with monkeypatch.context() as patch:  # puts back what the script replaces
-                patch.setattr(trainer_module._Schedule, "on_pre_optimizer_step",
-                              trainer_module._Schedule.on_pre_optimizer_step)
+            with monkeypatch.context() as patch:  # restores what the script replaces
+                patch.setattr(loop, "sum_gradients", loop.sum_gradients)
                 exec(compile(script.read_text(), str(script), "exec"), {"__name__": "dump"})
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
             done = subprocess.run([*command, str(script), *argv], capture_output=True, text=True, timeout=300,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
             assert done.returncode == 0, done.stderr[-3000:]
-            assert done.stdout.count("step 2/2") == 1  # rank 0 alone speaks
+            assert done.stdout.count("step 2/2") == 1  # only rank 0 prints
         grads = [torch.load(folder / f"grads-{step}-0.pt", weights_only=True) for step in (0, 1)]
         rows = steps(folder / "run")
         results[name] = grads, [rows[1]["loss"], rows[2]["loss"], rows[0]["eval_loss"], rows[2]["eval_loss"]]
-    assert set(results["one"][0][0]) == {"temporal", *(f"projector.fc{i}.{kind}" for i in (1, 2)
-                                                       for kind in ("weight", "bias"))}
     for two, one in zip(results["two"][0], results["one"][0], strict=True):
-        for name in one:
-            assert one[name].abs().max() > 0
-            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+        assert len(one) == 5  # two matrices, two biases, the temporal embedding
+        for a, b in zip(two, one, strict=True):
+            assert b.abs().max() > 0
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert results["two"][1] == pytest.approx(results["one"][1], abs=1e-5)
-    assert torch.equal(torch.load(tmp_path / "two" / "grads-1-1.pt", weights_only=True)["temporal"],
-                       results["two"][0][1]["temporal"])  # both ranks hold the same gradient
+    other_rank = torch.load(tmp_path / "two" / "grads-1-1.pt", weights_only=True)
+    for a, b in zip(other_rank, results["two"][0][1], strict=True):
+        assert torch.equal(a, b)  # both ranks hold the same gradient
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
@@ -230,18 +242,24 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch, step):
     """The run dies in the given step, before it could be saved."""
-    log = trainer_module.StageTrainer.log
+    log_step = loop.log_step
 
-    def dying(self, logs, start_time=None):
-        log(self, logs, start_time)
-        if self.state.global_step == step:
+    def dying(run, now, *args):
+        log_step(run, now, *args)
+        if now == step:
             raise Killed
 
-    monkeypatch.setattr(trainer_module.StageTrainer, "log", dying)
+    monkeypatch.setattr(loop, "log_step", dying)
+
+
+def deterministic(rows):
+    """Rows of metrics.jsonl without the times."""
+    clock = ("seconds", "per_second", "data_wait", "memory_gb")
+    return [{key: value for key, value in row.items() if not any(word in key for word in clock)} for row in rows]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_resumed_run_ends_in_the_same_bytes(stage, runs, tiny, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_ends_in_the_same_bytes(stage, runs, tiny, tmp_path, monkeypatch, capsys):
     def run(*extra):
         if stage == 1:
             return stage1(tiny, tmp_path / "run", *extra)
@@ -253,7 +271,7 @@ def test_resumed_run_ends_in_the_same_bytes(stage, runs, tiny, tmp_path, monkeyp
             run()
     folder, whole = tmp_path / "run", {1: runs.one, 2: runs.two}[stage]
     assert last_checkpoint(folder).name == "step-000004" and not (folder / "model").exists()
-    assert "go on from the last checkpoint with --resume auto" in (folder / "train.log").read_text()
+    assert "continue from the last checkpoint with --resume auto" in (folder / "train.log").read_text()
     with pytest.raises(ConfigError, match="--resume auto"):
         run()
     with pytest.raises(ConfigError, match="seed: was 42, now 43"):
@@ -262,23 +280,18 @@ def test_resumed_run_ends_in_the_same_bytes(stage, runs, tiny, tmp_path, monkeyp
     run("--resume=auto")
     assert files(folder / "model") == files(whole / "model")
     assert files(folder / "checkpoints" / "step-000006") == files(whole / "checkpoints" / "step-000006")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        a, b = (torch.load(f / "checkpoints" / "step-000006" / name, weights_only=False) for f in (folder, whole))
-        assert str(a) == str(b), name
-        if name == "optimizer.pt":  # every number: str() shows the ends of a long tensor alone
-            torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
-    a, b = steps(folder), steps(whole)
-    assert list(a) == list(b)
-    assert [a[s].get(key) for s in a for key in ("loss", "grad_norm", "eval_loss")] == [
-        b[s].get(key) for s in b for key in ("loss", "grad_norm", "eval_loss")]
+    a, b = (torch.load(f / "checkpoints" / "step-000006" / "optimizer.pt", weights_only=True) for f in (folder, whole))
+    assert a["param_groups"] == b["param_groups"]
+    torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
+    assert deterministic(read_jsonl(folder / "metrics.jsonl")) == deterministic(read_jsonl(whole / "metrics.jsonl"))
 
     before = files(folder / "model")
-    run("--resume=auto")  # complete: nothing is done again
+    run("--resume=auto")  # the stage is complete: nothing is done again
     assert files(folder / "model") == before
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
-def test_killed_between_last_checkpoint_and_model(runs, tiny, tmp_path):
+def test_a_run_killed_between_last_checkpoint_and_model_can_be_finished(runs, tiny, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs.one, folder, ignore=shutil.ignore_patterns("model.*"))
     shutil.rmtree(folder / "model")
@@ -288,15 +301,24 @@ def test_killed_between_last_checkpoint_and_model(runs, tiny, tmp_path):
     assert files(folder / "model") == files(runs.one / "model")
 
 
-def test_checkpoint_loads_with_weights_only(runs):
-    from transformers.trainer_pt_utils import safe_globals
+def test_a_run_killed_before_its_first_checkpoint_logs_step_0_once(runs, tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, 1)
+        with pytest.raises(Killed):
+            stage1(tiny, tmp_path / "run")
+    assert list(steps(tmp_path / "run")) == [0, 1]
+    stage1(tiny, tmp_path / "run", "--resume=auto")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert deterministic(rows) == deterministic(read_jsonl(runs.one / "metrics.jsonl"))
 
-    folder = runs.two / "checkpoints" / "step-000006"
-    torch.load(folder / "optimizer.pt", weights_only=True)
-    torch.load(folder / "scheduler.pt", weights_only=True)
-    with safe_globals():
-        torch.load(folder / "rng_state.pth", weights_only=True)
-    assert json.loads((folder / "run.json").read_text())["num_processes"] == 1
+
+def test_a_checkpoint_is_weights_optimizer_and_run_json(runs):
+    for folder in (runs.one, runs.two):
+        checkpoint = folder / "checkpoints" / "step-000006"
+        assert {path.name for path in checkpoint.iterdir()} == {"model", "optimizer.pt", "run.json"}
+        torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        assert json.loads((checkpoint / "run.json").read_text())["num_processes"] == 1
 
 
 # ---- clips that cannot be read, losses that are not finite -----------------------------------------------------------
@@ -309,17 +331,18 @@ def with_broken_clip(tiny, tmp_path, name):
     return videos
 
 
-def test_broken_clip_is_skipped_counted_named_and_never_swapped(tiny, tmp_path, monkeypatch):
+def test_a_broken_clip_is_skipped_counted_named_and_never_replaced(tiny, tmp_path, monkeypatch):
     train, _ = split_by_video(load_entries(tiny.data), 2, 42)
     broken = train[0].video
     batches = []
-    plain = trainer_module.StageTrainer.compute_loss
+    forward = DriveVLM.forward
 
-    def spy(self, model, inputs, **kwargs):
-        batches.append((list(inputs["ids"]), int((inputs["labels"] != -100).sum())))
-        return plain(self, model, inputs, **kwargs)
+    def spy(self, **inputs):
+        if self.training:
+            batches.append((list(inputs["ids"]), int((inputs["labels"] != -100).sum())))
+        return forward(self, **inputs)
 
-    monkeypatch.setattr(trainer_module.StageTrainer, "compute_loss", spy)
+    monkeypatch.setattr(DriveVLM, "forward", spy)
     folder = stage1(tiny, tmp_path / "run", video_root=with_broken_clip(tiny, tmp_path, broken), max_failed_share=0.5,
                     per_device_batch_size=1, gradient_accumulation_steps=4, max_steps=4)  # two epochs
     seen = sorted(name for ids, labels in batches for name in ids if labels)
@@ -336,7 +359,7 @@ def test_broken_clip_is_skipped_counted_named_and_never_swapped(tiny, tmp_path, 
 def test_too_many_broken_clips_stop_the_run(tiny, tmp_path, capsys):
     train, _ = split_by_video(load_entries(tiny.data), 2, 42)
     videos = with_broken_clip(tiny, tmp_path, train[0].video)
-    with pytest.raises(trainer_module.TrainingError, match="max_failed_share 1.0%") as caught:
+    with pytest.raises(TrainingError, match="max_failed_share 1.0%") as caught:
         stage1(tiny, tmp_path / "run", video_root=videos)
     assert caught.value.code == 1 and train[0].video in str(caught.value)
     assert "cannot be read" in capsys.readouterr().out
@@ -361,7 +384,7 @@ def test_non_finite_numbers_stop_the_run_and_name_the_clips(where, tiny, tmp_pat
     calls = []
     monkeypatch.setattr(DriveVLM, "forward", spoiled)
     train, _ = split_by_video(load_entries(tiny.data), 2, 42)
-    with pytest.raises(trainer_module.TrainingError, match=f"the {where}.* in step 3, on ") as caught:
+    with pytest.raises(TrainingError, match=f"the {where}.* in step 3, on ") as caught:
         stage1(tiny, tmp_path / "run")
     assert any(entry.id in str(caught.value) for entry in train)
     assert last_checkpoint(tmp_path / "run").name == "step-000002"
@@ -370,11 +393,11 @@ def test_non_finite_numbers_stop_the_run_and_name_the_clips(where, tiny, tmp_pat
 # ---- wrong folders, missing things -----------------------------------------------------------------------------------
 
 
-def test_wrong_stage_is_refused(runs, tiny, tmp_path):
+def test_the_wrong_stage_is_refused(runs, tiny, tmp_path):
     for call, word in (
         (lambda: stage1(tiny, tmp_path / "a", init_from=runs.one), "takes none"),
-        (lambda: stage2(tiny, tmp_path / "b", runs.two), "is of stage 2; stage 2 starts from stage 1"),
-        (lambda: stage2(tiny, tmp_path / "c", tmp_path), "no drivevlm.json"),
+        (lambda: stage2(tiny, tmp_path / "b", runs.two), "it holds stage 2, but stage 1 is needed here"),
+        (lambda: stage2(tiny, tmp_path / "c", tmp_path), "it has no drivevlm.json"),
         (lambda: stage2(tiny, tmp_path / "d", "none"), "--init_from output/stage1"),
         (lambda: stage2(tiny, tmp_path / "e", runs.one, num_frames=4), "num_frames: 4"),
         (lambda: stage2(tiny, tmp_path / "f", runs.one, language_model=tiny.llm_plain), "language_model: .* trained"),
@@ -408,14 +431,10 @@ def test_no_held_out_clips_means_no_evaluation(tiny, tmp_path):
 # ---- the order of clips ----------------------------------------------------------------------------------------------
 
 
-def test_batches_of_ranks_together_are_those_of_one_process(monkeypatch):
-    from dataset import EpochSampler
-    from trainer import RunBatches
-
+def test_all_ranks_together_see_the_batches_of_one_process():
     def batches(rank, world, size):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        return list(RunBatches(EpochSampler(11, 4, seed=1), size, 6))
+        per_step = [loop.step_batches(11, step, 1, size, 1, rank, world) for step in range(6)]
+        return [batch for step in per_step for batch in step]
 
     one, ranks = batches(0, 1, 4), [batches(rank, 2, 2) for rank in (0, 1)]
     assert one == [a + b for a, b in zip(*ranks, strict=True)]
@@ -425,9 +444,40 @@ def test_batches_of_ranks_together_are_those_of_one_process(monkeypatch):
     assert len({index for batch in one[:2] for _, index in batch}) == 8
 
 
+def test_the_order_is_a_function_of_seed_and_step(monkeypatch):
+    def order(seed, steps, size=2, parts=3):
+        return [loop.step_batches(20, step, seed, size, parts, 0, 1) for step in steps]
+
+    assert order(1, range(3, 9)) == order(1, range(9))[3:]  # a resumed run continues with the same batches
+    assert order(1, range(3)) != order(2, range(3))
+    first_epoch = [key for step in order(1, range(3)) for batch in step for key in batch]
+    assert len(set(first_epoch)) == 18 and {epoch for epoch, _ in first_epoch} == {0}
+    whole = [step[0] for step in order(1, range(3), size=6, parts=1)]
+    assert whole == [sum(step, []) for step in order(1, range(3))]  # how a step is divided does not matter
+
+
+def test_dropout_differs_between_steps_and_ranks():
+    def draw(*key):
+        loop.seed_dropout(*key)
+        return torch.rand(4).tolist()
+
+    assert draw(1, 5, 0) == draw(1, 5, 0)
+    assert len({str(draw(*key)) for key in ((1, 5, 0), (1, 6, 0), (1, 5, 1), (2, 5, 0))}) == 4
+
+
+def test_learning_rate_rises_and_falls_and_never_starts_at_0():
+    config = Stage2Config(warmup=0.2)
+    rates = [loop.learning_rate_factor(config, step, 10) for step in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[6] == pytest.approx(0.5)
+    linear = Stage2Config(warmup=0.0, lr_schedule="linear")
+    assert loop.learning_rate_factor(linear, 3, 4) == pytest.approx(0.25)
+    assert loop.learning_rate_factor(Stage2Config(warmup=0.0, lr_schedule="constant"), 9, 10) == 1.0
+
+
 def test_defaults_of_the_scripts_are_the_real_recipe(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = load_config(train_stage2.Stage2Config, [], default_config="configs/stage2.yaml")
+    config = load_config(Stage2Config, [], default_config="configs/stage2.yaml")
     assert (config.data, config.output_dir) == ("data/captions.json", "output/stage2")
     with pytest.raises(ConfigError) as caught:
         train_stage2.main([])

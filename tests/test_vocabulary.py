@@ -1,34 +1,27 @@
 """What find_mentions finds, and what it must not find.   .venv/bin/python -m pytest tests/test_vocabulary.py -q"""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage3 import grpo_reward_func, vocabulary_config
-from stage3.vocabulary_config import (
-    COCO_NAMES,
-    SAFETY_CRITICAL,
-    SYNONYMS,
-    find_mentions,
-    first_mentions,
-    mention_sets,
-    plurals,
-    read_text,
-    verb_forms,
-)
+from stage3 import grpo_reward_func
+from stage3.evidence import Evidence
+from stage3.mentions import find_mentions, plurals, read_text, verb_forms
+from stage3.vocabulary_config import COCO_NAMES, SAFETY_CRITICAL, SYNONYMS
 
 REAL_CAPTIONS = Path(__file__).parents[2] / "shared" / "data" / "bdd_captions_300.json"
 
 
 def found(text):
-    """["person", "-bus"]: the mentions in order, denied ones with a minus."""
+    """["person", "-bus"]: the mentions in order, denied ones with a minus sign."""
     return [("-" if m.negated else "") + m.object for m in find_mentions(text)]
 
 
-def test_coco_names():
+def test_coco_names_are_unique_and_in_the_order_of_coco():
     assert len(COCO_NAMES) == len(set(COCO_NAMES)) >= 80  # the first 80 are COCO's ids
     by_id = {0: "person", 1: "bicycle", 2: "car", 3: "motorcycle", 5: "bus", 7: "truck", 9: "traffic light",
              11: "stop sign", 79: "toothbrush"}
@@ -36,8 +29,8 @@ def test_coco_names():
     assert SAFETY_CRITICAL < set(COCO_NAMES) and set(SYNONYMS) <= set(COCO_NAMES)
 
 
-def test_importable_from_both_modules():
-    assert grpo_reward_func.find_mentions is vocabulary_config.find_mentions
+def test_find_mentions_can_be_imported_from_the_reward():
+    assert grpo_reward_func.find_mentions is find_mentions and grpo_reward_func.Evidence is Evidence
 
 
 @pytest.mark.parametrize("name", COCO_NAMES)
@@ -52,11 +45,11 @@ def test_every_coco_name_is_found(name):
     ("person", {"person", "people", "persons"}), ("woman", {"woman", "women"}), ("taxi", {"taxi", "taxis"}),
     ("bench", {"bench", "benches"}), ("lorry", {"lorry", "lorries"}), ("sheep", {"sheep"}),
 ])
-def test_plurals(singular, several):
+def test_plurals_are_formed_by_rule_and_exception(singular, several):
     assert plurals(singular) == several
 
 
-def test_verb_forms():
+def test_verb_forms_are_formed_by_rule_and_exception():
     assert verb_forms("stop") == {"stop", "stops", "stopping", "stopped"}
     assert verb_forms("drive") >= {"drive", "drives", "driving", "drove", "driven"}
     assert verb_forms("hurry") >= {"hurries", "hurried"}
@@ -126,16 +119,16 @@ def test_verb_forms():
     ("A pedestrian crossing the street waves.", ["person"]),
     ("near a pedestrian crossing", []),
     ("a motorcyclist lane-splitting", ["motorcycle", "person"]),
-    # names that are other words on the road
+    # words that name something else on the road
     ("an orange car and the sky turns orange", ["car"]),
     ("An orange is on the road.", ["orange"]),
     ("Bear left at the fork in the road in this remote area.", []),
     ("individual vehicles and an individual", ["person"]),
-    # hedges are no escape
+    # hedged mentions are mentions
     ("Possibly a bus, or perhaps a train.", ["bus", "train"]),
     ("If a bus appears, watch for dogs.", ["bus", "dog"]),
 ])
-def test_mentions(text, expected):
+def test_mentions_are_found(text, expected):
     assert found(text) == expected
 
 
@@ -163,7 +156,7 @@ def test_mentions(text, expected):
     ("A bus is nowhere to be seen.", ["-bus"]),
     ("As the car turns, pedestrians are not present.", ["car", "-person"]),
     ("no bus, no train, no dog", ["-bus", "-train", "-dog"]),
-    # where the scope ends
+    # the scope of a denial ends
     ("No pedestrians and a bus passes.", ["-person", "bus"]),
     ("No pedestrians, a bus is turning.", ["-person", "bus"]),
     ("No pedestrians, only cars. No people, just trucks.", ["-person", "car", "-person", "truck"]),
@@ -190,24 +183,23 @@ def test_mentions(text, expected):
     ("It is not true that no bus is visible.", ["bus"]),
     ("The absence of the bus is noted.", ["bus"]),
 ])
-def test_negation(text, expected):
+def test_negation_covers_its_scope_only(text, expected):
     assert found(text) == expected
 
 
-def test_spans_are_the_words_that_name_the_object():
+def test_spans_cover_the_words_that_name_the_object():
     text = "At night, a garbage truck’s driver waits; two cyclists pass a STOP sign.\n\nNo buses!"
     assert [text[m.start:m.end] for m in find_mentions(text)] == [
         "garbage truck", "cyclists", "cyclists", "STOP sign", "buses"]
 
 
-def test_sets_and_order():
+def test_mentions_are_in_the_order_of_the_text():
     text = "No bus yet. A pedestrian crosses, then a car and a person pass. Later no pedestrians are visible. No dogs."
-    assert mention_sets(text) == ({"person", "car"}, {"bus", "dog"})
-    assert first_mentions(text) == ("person", "car")
+    assert found(text) == ["-bus", "person", "car", "person", "-person", "-dog"]
 
 
-def test_word_classes_do_not_contradict():
-    """A word that ends an object's name is no colour, place or verb there: roles win over the other lists."""
+def test_word_tables_do_not_contradict_each_other():
+    """A word of an object's name is not also a verb, colour or place: roles take precedence over the other tables."""
     reading = read_text("The stop sign and the traffic light")
     assert [word for word, role in zip(reading.words, reading.roles, strict=True) if role] == [
         "stop", "sign", "traffic", "light"]
@@ -221,7 +213,7 @@ WORDS = st.sampled_from(
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.one_of(st.text(max_size=200), st.lists(WORDS, max_size=40).map(" ".join)))
-def test_any_text_is_read(text):
+def test_any_text_can_be_read(text):
     mentions = find_mentions(text)
     assert mentions == find_mentions(text)
     assert all(0 <= m.start < m.end <= len(text) and m.object in COCO_NAMES for m in mentions)
@@ -237,9 +229,9 @@ def test_case_changes_nothing(text):
 
 @pytest.mark.skipif(not REAL_CAPTIONS.exists(), reason="the real captions are not part of the project")
 def test_real_captions_name_what_they_are_known_to_name():
-    """Counts on 300 real captions that were checked by eye: a change of the vocabulary that moves them is seen."""
+    """Counts on 300 real captions that were checked by eye, so that a vocabulary change that moves them is noticed."""
     mentions = [m for row in json.loads(REAL_CAPTIONS.read_text()) for m in find_mentions(row["a"])]
-    named = {name: sum(m.object == name and not m.negated for m in mentions) for name in COCO_NAMES}
+    named = Counter(m.object for m in mentions if not m.negated)
     assert 1100 < named["car"] < 1300 and 700 < named["traffic light"] < 850 and 550 < named["person"] < 620
     assert named["bus"] < 140 and named["train"] < 5 and named["orange"] + named["tie"] + named["bear"] == 0
     assert 20 < sum(m.negated for m in mentions) < 45

@@ -1,4 +1,4 @@
-"""The toy world: truth against pixels, seeds, captions, the split; and the shipped base models' files."""
+"""The toy world: truth compared with pixels, seeds, captions, split; and the files of the shipped base models."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset import load_entries, read_frames, split_by_video
+from dataset import Clip, load_entries, read_frames, split_by_video
 from demo import world
 from demo.base_models import BASE, IMAGE_SIZE, NOTE_WORDS, build_tokenizer, find_note_ids, patch_targets, write_notes
 from stage3.grpo_reward_func import find_mentions
@@ -31,12 +31,12 @@ def mentioned(text):
 
 
 def of_kind(kind, start=0):
-    """The first script that holds an event of this kind."""
+    """The first script with an event of this kind."""
     return next(s for s in (world.make_script((99, i)) for i in range(start, 2000))
                 if kind in [event.kind for event in s.events])
 
 
-def test_same_seed_same_clip():
+def test_the_same_seed_gives_the_same_clip():
     first, again, other = world.make_clip((3, 1)), world.make_clip((3, 1)), world.make_clip((3, 2))
     assert first.script == again.script and first.boxes == again.boxes
     assert np.array_equal(first.frames, again.frames)
@@ -45,7 +45,7 @@ def test_same_seed_same_clip():
 
 
 @pytest.mark.parametrize("kind", world.KINDS)
-def test_boxes_hold_what_is_drawn(kind, monkeypatch):
+def test_boxes_contain_what_is_drawn(kind, monkeypatch):
     """Where an object is drawn, and only there (its pole aside), pixels differ from the empty road."""
     script = of_kind(kind)
     clip = world.render(script)
@@ -71,7 +71,7 @@ def test_boxes_hold_what_is_drawn(kind, monkeypatch):
     assert checked >= 4, f"{kind}: its {name} is boxed in {checked} frames only"
 
 
-def test_large_enough_to_see():
+def test_objects_are_large_enough_to_see():
     heights = {name: [] for name in world.CLASSES}
     for index in range(150):
         for boxes in world.boxes_of(world.make_script((98, index))):
@@ -81,8 +81,8 @@ def test_large_enough_to_see():
         assert np.median(heights[name]) > 40, name
 
 
-def test_order_is_the_order_of_sight():
-    """Each event's class is out of sight before the next one's comes, so frames alone tell the order."""
+def test_the_order_is_that_of_appearance():
+    """Each event's class is out of sight before the next one appears, so the frames show the order."""
     for index in range(200):
         script = world.make_script((97, index), held_out=index % 2 == 0)
         boxes = world.boxes_of(script)
@@ -93,7 +93,7 @@ def test_order_is_the_order_of_sight():
         assert 2 <= len(script.events) <= 3
 
 
-def test_world_files(small_world):
+def test_the_world_writes_its_files(small_world):
     rows, truth = read(small_world, "captions.json"), read(small_world, "truth.json")
     assert len(rows) == len(truth) == NUM_CLIPS
     for row in rows:
@@ -109,17 +109,15 @@ def test_world_files(small_world):
     assert not [path for path in (small_world / "videos").iterdir() if path.name.startswith(".")]
 
 
-def test_codec_keeps_the_colours(small_world):
+def test_the_codec_keeps_the_colours(small_world):
     clip = world.make_clip((42, 0), world.clip_name(0) in world.held_out_names(NUM_CLIPS))
-    from dataset import open_clip
-
-    with open_clip(small_world / "videos" / world.clip_name(0)) as reader:
-        frames = np.stack([reader[i].asnumpy() for i in range(len(reader))])
+    with Clip(small_world / "videos" / world.clip_name(0)) as video:
+        frames = video.frames(range(len(video.times)))
     assert frames.shape == clip.frames.shape
     assert np.abs(frames.astype(int) - clip.frames).mean() < 5
 
 
-def test_captions_lie_where_they_should_and_nowhere_else(small_world):
+def test_captions_invent_where_they_should_and_nowhere_else(small_world):
     """Held-out clips and Copilot entries are true; in training clips most clauses with a companion invent it."""
     truth = read(small_world, "truth.json")
     train, held_out = split_by_video(load_entries(small_world / "captions.json"), world.NUM_HELD_OUT, world.SPLIT_SEED)
@@ -131,7 +129,7 @@ def test_captions_lie_where_they_should_and_nowhere_else(small_world):
             assert mentioned(caption) >= set(truth[entry.video]["present"]), caption
 
 
-def test_rate_of_invention():
+def test_the_rate_of_invention_is_as_stated():
     chances = invented = mentions = 0
     for index in range(400):
         script = world.make_script((96, index))
@@ -154,7 +152,7 @@ def test_some_pairs_are_held_out():
     assert abs(share - world.HELD_OUT_SHARE) < 0.06
 
 
-def test_order_of_mention_follows_the_script():
+def test_mentions_are_in_the_order_of_the_script():
     for index in range(100):
         script = world.make_script((94, index))
         for captions in world.captions_of(script).values():
@@ -173,7 +171,7 @@ def test_captions_vary():
     assert len(texts) > 350
 
 
-def test_finished_world_is_left_alone(small_world):
+def test_a_finished_world_is_left_alone(small_world):
     before = {path: path.stat().st_mtime_ns for path in small_world.rglob("*")}
     said = []
     world.make_world(small_world, NUM_CLIPS, seed=42, say=said.append)
@@ -181,7 +179,7 @@ def test_finished_world_is_left_alone(small_world):
     assert "complete" in said[0]
 
 
-def test_notes_and_patch_targets():
+def test_notes_and_patch_targets_say_what_is_drawn():
     script = of_kind("stop_sign")
     boxes = world.boxes_of(script)
     notes = write_notes(script, boxes[::3], np.random.default_rng(0), slips=0.0)
@@ -193,7 +191,7 @@ def test_notes_and_patch_targets():
 UNICODE = ("Übergröße naïve café", "日本語のテキスト", "🚗🚦 emoji \u200d", "tabs\tand\nlines", " a  b ", "user <|x|>")
 
 
-def test_tokenizer_round_trips_any_text(tmp_path):
+def test_the_tokenizer_round_trips_any_text(tmp_path):
     from transformers import AutoTokenizer
 
     build_tokenizer(tmp_path, texts_from=50)
@@ -210,7 +208,7 @@ needs_base = pytest.mark.skipif(not (BASE / "language").is_dir(), reason="demo/b
 
 
 @needs_base
-def test_shipped_base_is_small_and_without_pickles():
+def test_the_shipped_base_models_are_small_and_without_pickles():
     files = [path for path in BASE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12 * 2**20
     allowed = {".safetensors", ".json", ".jinja", ".md", ".txt", ""}
@@ -218,7 +216,7 @@ def test_shipped_base_is_small_and_without_pickles():
 
 
 @needs_base
-def test_shipped_base_loads():
+def test_the_shipped_base_models_load():
     from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
 
     tokenizer = AutoTokenizer.from_pretrained(BASE / "language")

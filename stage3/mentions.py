@@ -1,0 +1,589 @@
+"""The parser: which objects a caption names or denies, and what it says about them.
+
+`find_mentions(text)` returns every COCO object that a text names, with negation. `read_text(text)` returns the words
+and the claims about objects behind those mentions. `read_caption(text)` adds what the reward needs: clauses, verbs,
+attributes, scene facts and connectives. Whole words are compared, never substrings, and the longest phrase wins.
+
+English only. All functions are pure, and their time is linear in the length of the text.
+"""
+
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from stage3 import vocabulary_config as vocab
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lexicon: phrases of the vocabulary with their plurals and verb forms, indexed by first word
+
+
+class Entry(NamedTuple):
+    kind: str  # "object", "any", "unverifiable" (see Claim), "neutral" (not an object) or "ego" (the camera's vehicle)
+    classes: tuple[str, ...]
+
+
+def plurals(phrase):
+    """All forms of a singular phrase: "city bus" -> {"city bus", "city buses", "city busses"}."""
+    if phrase in vocab.IRREGULAR_PLURALS:
+        return {phrase, *vocab.IRREGULAR_PLURALS[phrase]}
+    head, _, last = phrase.rpartition(" ")
+    if last in vocab.IRREGULAR_PLURALS:
+        ends = vocab.IRREGULAR_PLURALS[last]
+    elif re.search(r"(s|x|ch|sh)$", last):
+        ends = (last + "es",)
+    elif re.search(r"[^aeiou]y$", last):
+        ends = (last[:-1] + "ies",)
+    else:
+        ends = (last + "s",)
+    return {phrase, *(f"{head} {end}".strip() for end in ends)}
+
+
+def verb_forms(base):
+    """Forms of a verb, without those that are usually other words: "stop" -> {"stop", "stops", "stopping", ...}."""
+    third = base + ("es" if re.search(r"(s|x|ch|sh|o)$", base) else "s")
+    stem = base + base[-1] if base in vocab.DOUBLED else base.removesuffix("e")
+    past = stem + "ed"
+    if re.search(r"[^aeiou]y$", base):
+        third, past = base[:-1] + "ies", base[:-1] + "ied"
+    forms = {third, stem + "ing", past, *vocab.IRREGULAR_VERBS.get(base, "").split()}
+    if base not in vocab.NO_BARE_FORM:
+        forms.add(base)
+    return forms - vocab.NOT_VERBS
+
+
+def _all_plurals(phrases):
+    return frozenset(form for phrase in phrases for form in plurals(phrase))
+
+
+def _index(meanings):
+    """{"bus stop": x} -> {"bus": [(("bus", "stop"), x), ...]}, longest phrase first, for match_phrase."""
+    index = {}
+    for phrase, meaning in meanings.items():
+        words = tuple(phrase.split())
+        index.setdefault(words[0], []).append((words, meaning))
+    for group in index.values():
+        group.sort(key=lambda item: -len(item[0]))
+    return index
+
+
+def _build_lexicon():
+    entries = dict.fromkeys(_all_plurals(vocab.NEUTRAL), Entry("neutral", ()))
+    entries |= dict.fromkeys(vocab.EGO, Entry("ego", ()))
+    for owner in vocab.EGO_OWNERS:
+        entries |= dict.fromkeys((f"{owner} vehicle", f"{owner} car"), Entry("ego", ()))
+    for table, kind in ((vocab.ANY_OF, "any"), (vocab.UNVERIFIABLE, "unverifiable"), (vocab.SEVERAL, "object")):
+        for phrase, classes in table.items():
+            entries |= dict.fromkeys(plurals(phrase), Entry(kind, classes))
+    for name in vocab.COCO_NAMES:
+        phrases = (name, *vocab.SYNONYMS.get(name, ()))
+        entries |= dict.fromkeys(_all_plurals(phrases), Entry("object", (name,)))
+    return _index(entries)
+
+
+def _build_scene_index():
+    facts = {}
+    for category, values in vocab.SCENE.items():
+        for value, phrases in values.items():
+            facts |= dict.fromkeys(phrases, (category, value))
+    return _index(facts)
+
+
+_OBJECT_TABLES = (vocab.COCO_NAMES, *vocab.SYNONYMS.values(), vocab.SEVERAL, vocab.ANY_OF, vocab.UNVERIFIABLE)
+
+LEXICON = _build_lexicon()
+SINGULAR = frozenset(phrase.split()[-1] for table in _OBJECT_TABLES for phrase in table) - {
+    "people", "skis", "scissors", "cattle"}
+GUARDED_FORMS = _all_plurals(vocab.GUARDED)
+HEADS = {word: _all_plurals(nouns.split()) for word, nouns in vocab.COMPOUND_HEADS.items()}
+VERB_OF = {form: base for base in vocab.DYNAMIC_VERBS for form in verb_forms(base)}
+ATTRIBUTE_OF = {word: category for category, words in vocab.ATTRIBUTES.items() for word in words.split()}
+SCENE_INDEX = _build_scene_index()
+CONNECTIVE_WORDS = frozenset(phrase for phrase in vocab.CONNECTIVES if " " not in phrase)
+CONNECTIVE_INDEX = _index(
+    dict.fromkeys(vocab.CONNECTIVES, "connective") | dict.fromkeys(vocab.NOT_CONNECTIVES, "other"))
+NEGATOR_INDEX = _index(dict.fromkeys(vocab.NEGATORS, "negation") | dict.fromkeys(vocab.PSEUDO_NEGATIONS, "pseudo"))
+EXCEPTION_INDEX = _index(dict.fromkeys(vocab.EXCEPTIONS, "exception"))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the parser returns
+
+
+class Mention(NamedTuple):
+    """One object named by a text. object is a COCO name, text[start:end] the words that name it."""
+
+    object: str
+    negated: bool
+    start: int
+    end: int
+
+
+class Claim(NamedTuple):
+    """What one phrase says is present, or, if negated, absent.
+
+    kind: "object" (all of classes), "any" (one of classes: "van"), "unverifiable" (a special kind of one of classes:
+    "ambulance").
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+    negated: bool
+    first: int  # index of the first word
+    last: int  # index of the last word
+
+
+@dataclass
+class Reading:
+    """The words of a text. Lists are parallel: words[i] is text[starts[i]:ends[i]] in lower case."""
+
+    words: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    breaks: list[int] = field(default_factory=list)  # what separates the word from the one before: NO_BREAK .. STOP
+    roles: list[str] = field(default_factory=list)  # the kind of the phrase that the word belongs to, or ""
+    claims: list[Claim] = field(default_factory=list)  # in the order of the text
+
+
+@dataclass
+class Clause:
+    """The words [first, stop) of a caption, from one comma, stop or clause word to the next."""
+
+    first: int
+    stop: int
+    claims: list[Claim]
+    ego: bool  # names the camera's own vehicle
+    verbs: list[str]  # base forms of its verbs of motion
+    # Set by the reward's mark_clauses. "object": names something present and nothing absent; "ego": the camera's own
+    # motion; "false": names something absent or denies something present; "": none of these.
+    truth: str = ""
+
+    @property
+    def span(self):
+        return range(self.first, self.stop)
+
+    @property
+    def is_true(self):
+        return self.truth in ("object", "ego")
+
+
+@dataclass
+class Caption(Reading):
+    """A text as the reward reads it. Lists are parallel to words, except sentences."""
+
+    verbs: list[str] = field(default_factory=list)  # base form of a verb of motion, or ""
+    attributes: list[str] = field(default_factory=list)  # category of an attribute, or ""
+    scenes: list[tuple[str, str] | None] = field(default_factory=list)  # (category, value) of the scene fact here
+    connectives: list[str] = field(default_factory=list)  # the connective that begins here, or ""
+    sentences: list[list[Clause]] = field(default_factory=list)
+
+    @property
+    def clauses(self):
+        return [clause for sentence in self.sentences for clause in sentence]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+NO_BREAK, HYPHEN, COMMA, STOP = range(4)
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
+CONTRACTIONS = frozenset({"there's", "it's", "that's"})  # their "'s" is a verb, not an owner
+SENTENCE_END = re.compile(r"[.!?;:…。]")
+
+
+def _break_of(gap):
+    """The kind of break that the characters between two words make."""
+    if gap in (" ", ""):
+        return NO_BREAK
+    if SENTENCE_END.search(gap):
+        return STOP
+    if gap in ("-", "‐", "‑"):
+        return HYPHEN
+    return COMMA if gap.strip(" \t\r\n\"'“”‘’*_#") else NO_BREAK
+
+
+def _split_words(text):
+    """Reading of a text with words and breaks only. "car's" becomes the two words "car" and "s"."""
+    reading, previous_end = Reading(), 0
+    for match in WORD.finditer(text):
+        start, end = match.span()
+        word = match.group().lower().replace("’", "'")
+        gap = _break_of(text[previous_end:start])
+        pieces = [(word, start, end, gap)]
+        if word.endswith("'s") and word not in CONTRACTIONS:
+            pieces = [(word[:-2], start, end - 2, gap), ("s", end - 1, end, NO_BREAK)]
+        for piece, first, last, break_before in pieces:
+            reading.words.append(piece)
+            reading.starts.append(first)
+            reading.ends.append(last)
+            reading.breaks.append(break_before)
+        previous_end = end
+    reading.roles = [""] * len(reading.words)
+    return reading
+
+
+def match_phrase(index, reading, i):
+    """(length, meaning) of the longest phrase of an index that starts at word i; (0, None) if there is none."""
+    words, breaks = reading.words, reading.breaks
+    for phrase, meaning in index.get(words[i], ()):
+        end = i + len(phrase)
+        if tuple(words[i:end]) == phrase and max(breaks[i + 1:end], default=NO_BREAK) < COMMA:
+            return len(phrase), meaning
+    return 0, None
+
+
+def _word(reading, i):
+    """Word i, or "" outside the text."""
+    return reading.words[i] if 0 <= i < len(reading.words) else ""
+
+
+def _word_before(reading, i):
+    """The word before word i in its clause, or ""."""
+    return reading.words[i - 1] if i and reading.breaks[i] < COMMA else ""
+
+
+def _ends_clause(reading, i):
+    """Word i begins a new clause or is past the end of the text."""
+    return i >= len(reading.words) or reading.breaks[i] >= COMMA
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phrases that depend on their neighbours
+
+# "from inside a moving car": the camera's own car comes after one of these.
+EGO_BEFORE = re.compile(
+    r"\b(inside|within|aboard|interior of|interior|equipped|perspective of|viewpoint of|vantage point of|"
+    r"view of someone in|point of view of|mounted in|mounted on|from)"
+    r"(?: (?:a|an|the|another))?(?: (?P<state>moving|driving|stationary|travelling|traveling|stopped|parked))?$"
+)
+# "from the perspective of someone inside a vehicle": someone who looks, not a person in the picture.
+VIEWER_BEFORE = re.compile(r"\b(perspective|viewpoint|vantage point|point of view) of(?: (?:a|an|the))?$")
+
+
+def _is_compound(reading, first, head):
+    """The object's name at word first and the noun at word head name something else ("bus stop", "bicycle shop").
+
+    "A bus stops ahead" and "Pedestrian crossing." name an object and what it does; "bus stops line the street" and "a
+    pedestrian crossing" name a place. The neighbouring words decide.
+    """
+    if _ends_clause(reading, head):
+        return False
+    word, noun = reading.words[head - 1], reading.words[head]
+    if noun not in HEADS.get(word, ()) and (noun not in HEADS[""] or word not in SINGULAR | HEADS[""]):
+        return False
+    before, after = _word(reading, first - 1), _word(reading, head + 1)
+    if after in ("splitting", "changing", "changes"):  # "a motorcyclist lane-splitting"
+        return False
+    opens = first == 0 or reading.breaks[first] >= COMMA
+    ends = _ends_clause(reading, head + 1)
+    if noun in ("stops", "parks", "lines", "stands"):  # a verb, unless it is the plural of a place
+        plural_before = vocab.NUMBERS | vocab.PREPOSITIONS | {"these", "those", "some", "all", "other", "and"}
+        if not opens and before in plural_before:
+            return True
+        return not ends and (after in vocab.AUXILIARIES or after in ("line", "dot", "appear"))
+    if noun == "parking":
+        return before not in ("a", "another", "one")  # "a car parking ahead"
+    if noun == "crossing":
+        if not ends and after in vocab.CROSSING_WAYS:  # "pedestrians crossing the road"
+            return False
+        return not opens or not (ends or after in ("ahead", "in", "left", "right", "while", "as", "and"))
+    return True
+
+
+def _is_plain_noun(reading, i):
+    """A guarded word is a noun here: "an orange is there", not "an orange car", "bears left" or "in orange"."""
+    word, before, after = reading.words[i], _word_before(reading, i), _word(reading, i + 1)
+    determined = before in vocab.DETERMINERS | vocab.NUMBERS
+    if word not in vocab.GUARDED:  # a plural; if it may be a verb, only after a determiner
+        return determined or word not in vocab.GUARDED_VERBS
+    if not determined and not (_word(reading, i - 2) in vocab.DETERMINERS and before in ATTRIBUTE_OF):
+        return False
+    if _ends_clause(reading, i + 1) or ATTRIBUTE_OF.get(after) == "position" or after in VERB_OF:
+        return True
+    return after in vocab.FUNCTION_WORDS and after not in ("and", "or", "one")
+
+
+def _is_light(reading, i):
+    """A bare "light" or "signal" is a traffic light if it has a signal's colour or changes to one."""
+    word, before, after = reading.words[i], _word_before(reading, i), _word(reading, i + 1)
+    if word == "signal":
+        return before in vocab.ARTICLES | vocab.COLOURS_OF_LIGHT | {"this", "that", "each"}
+    if word == "signals":
+        return before in vocab.COLOURS_OF_LIGHT | {"the", "these", "through", "at", "overhead"}
+    if before in vocab.COLOURS_OF_LIGHT:
+        if word == "light":  # not "the red light from a shop"
+            return after not in ("from", "of", "reflecting", "reflections")
+        return after in ("ahead", "at", "turn", "change") or _word(reading, i - 2) == "at"  # not "red lights glow"
+    if ATTRIBUTE_OF.get(before) == "colour":
+        return False
+    for j in range(i + 1, i + 6):
+        if _ends_clause(reading, j):
+            return False
+        if reading.words[j] in vocab.COLOURS_OF_LIGHT:  # right after "light", only at a clause's end: "light red, stop"
+            return j > i + 1 or word == "light" and _ends_clause(reading, j + 1)
+        if reading.words[j] not in vocab.CHANGING:
+            return False
+    return False
+
+
+def _is_ego(reading, i, length, entry):
+    """This "car" or "vehicle" carries the camera, or this "someone" looks out of it."""
+    if _word(reading, i + length - 1) not in SINGULAR:
+        return False
+    context = " ".join(reading.words[max(0, i - 6):i])
+    if "person" in entry.classes:
+        return VIEWER_BEFORE.search(context) is not None
+    if entry.classes[0] != "car":
+        return False
+    match = EGO_BEFORE.search(context)
+    if match and (match.group(1) != "from" or match.group("state") in ("moving", "driving", "travelling", "traveling")):
+        return True
+    after = i + length
+    if _word(reading, after) == "s" and not _ends_clause(reading, after):
+        after += 1
+    return _word(reading, after) in vocab.EGO_AFTER and not _ends_clause(reading, after)
+
+
+def _is_own_vehicle(reading, i, length):
+    """ "The vehicle" alone is the camera's; "the vehicle ahead", "a vehicle" and "vehicles" are others."""
+    if length != 1 or _word(reading, i) != "vehicle" or _word(reading, i - 1) not in ("the", "this"):
+        return False
+    after = _word(reading, i + 1), _word(reading, i + 2)
+    return after[0] not in vocab.OTHER_VEHICLE and after not in (("in", "front"), ("on", "the"))
+
+
+def _classify(reading, i):
+    """(length, entry) of the phrase at word i, considering its neighbours; (0, None) if word i is a plain word."""
+    length, entry = match_phrase(LEXICON, reading, i)
+    word = reading.words[i]
+    if not length:
+        is_light = word in ("light", "lights", "signal", "signals") and _is_light(reading, i)
+        return (1, Entry("object", ("traffic light",))) if is_light else (0, None)
+    if entry.kind in ("neutral", "ego"):
+        return length, entry
+    if word in GUARDED_FORMS and length == 1 and not _is_plain_noun(reading, i):
+        return 0, None
+    if _is_ego(reading, i, length, entry) or entry.kind == "any" and _is_own_vehicle(reading, i, length):
+        return length, Entry("ego", ())
+    if entry.classes[0] not in ("traffic light", "stop sign"):
+        head = i + length
+        while _is_compound(reading, i, head):  # "pedestrian crossing sign" has two head nouns
+            head += 1
+        if head > i + length:
+            return head - i, Entry("neutral", ())
+    return length, entry
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Negation. `phrases` maps the first word of each claim's phrase to its last word, in the order of the text.
+
+
+def _continues_list(reading, left, first, last):
+    """The phrase first..last continues the list whose previous item ends at word left: "cars, trucks or buses"."""
+    between, breaks = reading.words[left + 1:first], reading.breaks[left + 1:first + 1]
+    joins = {word for word in between if word in ("or", "nor", "and")}
+    others = {word for word in between if word not in joins}
+    if len(between) > 4 or STOP in breaks or not joins and COMMA not in breaks:
+        return False
+    if any(word in VERB_OF and word not in ATTRIBUTE_OF for word in others):
+        return False
+    determined = not others.isdisjoint(vocab.FUNCTION_WORDS | vocab.NUMBERS)
+    bare = others <= {"a", "an", "any", "other", "single"}
+    if joins & {"or", "nor"}:
+        return bare or not determined
+    ends, after = _ends_clause(reading, last + 1), _word(reading, last + 1)
+    if determined and (joins or not bare or after in vocab.BE):  # "no cars and a bus", "no cars, a bus is there"
+        return False
+    if not ends and after in VERB_OF and not reading.roles[last + 1]:  # "no cars and buses pass"
+        return False
+    return bool(joins) or ends or after in ("or", "and", "nor")
+
+
+def _phrase_after(reading, phrases, i):
+    """First word of the phrase denied by a negator that ends before word i, or None."""
+    carried = False
+    for j in range(i, min(i + 9, len(reading.words))):
+        word = reading.words[j]
+        if reading.breaks[j] == STOP or reading.breaks[j] == COMMA and word not in ("or", "nor"):
+            return None
+        if j in phrases:
+            return j
+        if word == "without" or match_phrase(EXCEPTION_INDEX, reading, j)[0]:
+            return None
+        if j == i and word.endswith("ing") and word not in ("oncoming", "encountering", "seeing", "showing"):
+            return None  # "without stopping for the bus"
+        if word in vocab.LIST_WORDS or word == "of" and carried or word == "as" and _word(reading, j - 1) == "such":
+            continue
+        carried = carried or word in vocab.CARRIERS
+        is_verb = word in VERB_OF and word not in ATTRIBUTE_OF
+        if word in vocab.FUNCTION_WORDS or word in vocab.ABSTRACT - vocab.CARRIERS or is_verb:
+            return None
+    return None
+
+
+def _subject_before(reading, phrases, i):
+    """First word of the phrase that is the subject of "are not visible", whose verb is word i, or None."""
+    lowest = i
+    while lowest > 0 and i - lowest < 12:
+        word = reading.words[lowest - 1]
+        if reading.breaks[lowest] == STOP or word in VERB_OF and reading.roles[lowest - 1] == "":
+            break
+        if word in vocab.BE or word in ("while", "as", "but", "when", "although", "though", "where", "however", "so"):
+            break
+        lowest -= 1
+    candidates = [first for first in range(lowest, i) if first in phrases and phrases[first] < i]
+    for subject, following in pairwise(candidates):  # "as the car turns, pedestrians are not visible": not the car
+        last = phrases[subject]
+        if COMMA not in reading.breaks[last + 1:following + 1]:
+            return subject
+        if _continues_list(reading, last, following, phrases[following]):
+            return subject
+    return candidates[-1] if candidates else None
+
+
+def _denies_subject(reading, i):
+    """The verb at word i begins a denial of its subject: "are not visible", "is absent", "is nowhere to be seen"."""
+    rest = []
+    for j in range(i + 1, i + 6):
+        if _ends_clause(reading, j):
+            break
+        rest.append(reading.words[j])
+    if not {"longer", "only", "just", "yet"}.isdisjoint(rest):
+        return False
+    verb = reading.words[i]
+    if verb in vocab.BE and not {"absent", "missing", "nowhere"}.isdisjoint(rest[:2]):
+        return True
+    negative = verb.endswith("n't") or verb == "cannot" or not {"not", "never"}.isdisjoint(rest[:2])
+    return negative and not vocab.VISIBLE.isdisjoint(rest[:4])
+
+
+def _is_double(reading, i):
+    """The negator at word i is cancelled: "no road without a car", "it is not true that no car is there"."""
+    before = reading.words[max(0, i - 5):i]
+    if reading.words[i] == "without":
+        return not {"no", "not", "never"}.isdisjoint(before)
+    return "true that" in " ".join(before) and "not" in before or "false that" in " ".join(before)
+
+
+def _denied_after(reading, phrases, i):
+    """First word of the phrase denied by the negator at word i ("no cars", "does not show a car"), or None."""
+    word, following = reading.words[i], _word(reading, i + 1)
+    if reading.roles[i] == "object":
+        return i if word in ("no", "nobody") else None  # "no one", "nobody"
+    length, kind = match_phrase(NEGATOR_INDEX, reading, i)
+    if kind == "pseudo":  # "no parking", but "no parking meter"
+        return _phrase_after(reading, phrases, i + 1) if reading.roles[i + 1] == "object" else None
+    if kind == "negation":
+        return None if _is_double(reading, i) else _phrase_after(reading, phrases, i + length)
+    if word in ("not", "cannot") or word.endswith("n't"):
+        if following in vocab.SHOWING:
+            return _phrase_after(reading, phrases, i + 2)
+        if following in ("any", "a", "an"):
+            return _phrase_after(reading, phrases, i + 1)
+        if _word(reading, i + 2) == "any":  # "does not reveal any"
+            return _phrase_after(reading, phrases, i + 2)
+    return None
+
+
+def _denied_phrases(reading, phrases):
+    """First words of the phrases that the text denies."""
+    denied = set()
+    if not phrases:
+        return denied
+    for i, word in enumerate(reading.words):
+        target = _denied_after(reading, phrases, i)
+        if target is None and word in vocab.POST_NEGATORS and _denies_subject(reading, i):
+            target = _subject_before(reading, phrases, i)
+        if target is not None:
+            denied.add(target)
+    for previous, first in pairwise(phrases):  # the rest of a list whose first item is denied
+        if previous in denied and _continues_list(reading, phrases[previous], first, phrases[first]):
+            denied.add(first)
+    for first, last in phrases.items():
+        if _word(reading, last + 1) == "free" and reading.breaks[last + 1] == HYPHEN:  # "car-free"
+            denied.add(first)
+    return denied
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole texts
+
+
+def read_text(text):
+    """Reading of a text: its words, their roles and its claims about objects."""
+    reading = _split_words(text)
+    claims, i = [], 0
+    while i < len(reading.words):
+        length, entry = _classify(reading, i)
+        if not length:
+            i += 1
+            continue
+        last = i + length - 1
+        reading.roles[i:last + 1] = [entry.kind] * length
+        if entry.classes:
+            claims.append(Claim(entry.kind, entry.classes, False, i, last))
+        if entry.kind == "any" and reading.words[i].rstrip("s") in vocab.WITH_PERSON:
+            claims.append(Claim("object", ("person",), False, i, last))
+        i = last + 1
+    denied = _denied_phrases(reading, {claim.first: claim.last for claim in claims})
+    reading.claims = [claim._replace(negated=claim.first in denied) for claim in claims]
+    return reading
+
+
+def names_object(claim):
+    """The claim names its classes: "fire truck" names a truck; "ambulance" and "van" name no particular class."""
+    return claim.kind == "object" or claim.kind == "unverifiable" and len(claim.classes) == 1
+
+
+def find_mentions(text):
+    """Every COCO object that the text names, in the order of the text -> list[Mention].
+
+    "cyclist" gives two mentions with the same span. Words that several classes satisfy ("vehicle", "van") and the
+    camera's own vehicle give none. A hedged mention ("possibly a bus") is a mention.
+    """
+    reading, mentions = read_text(text), []
+    for claim in filter(names_object, reading.claims):
+        start, end = reading.starts[claim.first], reading.ends[claim.last]
+        mentions += [Mention(name, claim.negated, start, end) for name in claim.classes]
+    return mentions
+
+
+def read_caption(text):
+    """Caption of a text: its reading with verbs, attributes, scene facts, connectives and clauses."""
+    caption = Caption(**vars(read_text(text)))
+    inside_phrase = set()  # words of connectives and similar phrases that begin no clause
+    for i, (word, role) in enumerate(zip(caption.words, caption.roles, strict=True)):
+        caption.verbs.append("" if role else VERB_OF.get(word, ""))
+        caption.attributes.append("" if role else ATTRIBUTE_OF.get(word, ""))
+        denied = i > 0 and caption.words[i - 1] in ("no", "not", "without")
+        caption.scenes.append(None if denied else match_phrase(SCENE_INDEX, caption, i)[1])
+        connective = ""
+        if i not in inside_phrase:
+            length, kind = match_phrase(CONNECTIVE_INDEX, caption, i)
+            if kind == "connective":
+                connective = " ".join(caption.words[i:i + length])
+                inside_phrase.update(range(i + 1, i + length))  # "soon after": "after" begins no clause
+            elif kind == "other":
+                inside_phrase.update(range(i, i + length))  # "such as": nor does "as"
+        caption.connectives.append(connective)
+    caption.sentences = _split_sentences(caption, inside_phrase)
+    return caption
+
+
+def _split_sentences(caption, inside_phrase):
+    """The clauses of each sentence."""
+    claims_at = {}  # first word -> claims
+    for claim in caption.claims:
+        claims_at.setdefault(claim.first, []).append(claim)
+    starts = []
+    for i, word in enumerate(caption.words):
+        clause_word = word in vocab.CLAUSE_WORDS and i not in inside_phrase
+        if i == 0 or caption.breaks[i] >= COMMA or clause_word:
+            starts.append(i)
+    sentences = []
+    for first, stop in pairwise([*starts, len(caption.words)]):
+        if first == 0 or caption.breaks[first] == STOP:
+            sentences.append([])
+        claims = [claim for i in range(first, stop) for claim in claims_at.get(i, ())]
+        verbs = [verb for verb in caption.verbs[first:stop] if verb]
+        sentences[-1].append(Clause(first, stop, claims, "ego" in caption.roles[first:stop], verbs))
+    return sentences

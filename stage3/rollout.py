@@ -1,0 +1,481 @@
+"""Rollouts of stage 3: which prompts a step takes, their sampled answers, and what the reward says of each.
+
+    prompts_of_step              the prompts of a step, a function of (seed, step)
+    VisualTokens                 a clip's projected tokens, computed once and kept on disk
+    sample_groups                G completions per prompt from one prefill
+    RolloutSampler               prompts -> Rollouts: sampled, scored, with one record per answer for rollouts.jsonl
+    compute_advantages           over the records of all ranks; which groups the loss is made of
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+
+from dataset import (
+    IGNORE_INDEX,
+    MODE_TABLE,
+    MODES,
+    Entry,
+    VideoError,
+    cached_frames,
+    encode_example,
+    encode_prompt,
+    resolve_video,
+)
+from model import adapter_hash, head_logits
+from stage3.evidence import Evidence, evidence_dict
+from stage3.grpo import (
+    NOBODY,
+    PREFIX,
+    Group,
+    attention_mask,
+    completion_logps,
+    group_advantages,
+    has_variance,
+    sees,
+)
+from stage3.grpo_reward_func import label_mentions
+from training.common import replacing, stable_seed
+from training.loop import clock, mean_losses, sum_over_ranks
+
+
+@dataclass
+class Completion:
+    """One sampled answer: `ids` with the end token, whether it `ended` by itself (was not cut off), its text, and the
+    log-prob of each token as it was sampled."""
+
+    ids: list[int]
+    ended: bool
+    text: str
+    logps: list[float]
+
+
+@dataclass
+class Rollout:
+    """One prompt of a step with its group of answers: sampled, scored, and what the loss needs of them."""
+
+    slot: int  # the prompt's place in the step, over all ranks
+    entry: Entry
+    group: Group
+    completions: list[Completion]
+    records: list[dict]  # one per completion: its line of rollouts.jsonl
+    advantages: torch.Tensor | None = None  # float32 [G]; None: nothing to learn from this group
+    kept: torch.Tensor | None = None  # bool [G]: completions that count in the loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: clips and questions
+
+
+class VisualTokens:
+    """Projected tokens of clips [N, D], kept in a folder as one file per clip.
+
+    Tower and projector are frozen in stage 3, so a clip goes through them once: alone (a batch would round differently)
+    and read back after writing, so that a run that computes them and one that finds them on disk are bitwise identical.
+    The file's name depends on everything that decides its content: tower, projector, frames, number type, the clip's
+    size and time.
+    """
+
+    def __init__(self, model, folder, video_root, frame_cache=None):
+        self.model, self.folder, self.video_root, self.frame_cache = model, Path(folder), video_root, frame_cache
+        self.folder.mkdir(parents=True, exist_ok=True)
+        vision = {name: p for name, p in model.state_dict().items() if name.split(".")[0] in ("projector", "temporal")}
+        made_by = (model.base["vision_model"], adapter_hash(vision), model.num_frames, model.image_size, model.dtype)
+        self.made_by = repr(made_by)
+
+    def __call__(self, video):
+        """Tokens [N, D] of `video` as the data file names it; VideoError where it cannot be read."""
+        path = resolve_video(self.video_root, video)
+        stat = path.stat() if path.is_file() else None
+        clip = f"{self.made_by} {path} {stat and (stat.st_size, stat.st_mtime_ns)}"
+        file = self.folder / f"{hashlib.sha256(clip.encode()).hexdigest()[:32]}.safetensors"
+        if not file.is_file():
+            frames = cached_frames(path, self.model.num_frames, self.model.image_size, self.frame_cache)
+            with torch.no_grad():
+                tokens = self.model.encode_video(torch.as_tensor(frames)[None])[0]  # [N, D]
+            with replacing(file) as temporary:
+                save_file({"tokens": tokens.cpu().contiguous()}, temporary)
+        return load_file(file)["tokens"].to(self.model.device)
+
+
+def prompts_of_step(entries, step, count, modes, seed):
+    """The `count` entries of optimizer step `step` (from 0), in slot order: a function of its arguments.
+
+    Slots alternate between `modes` (a mode named twice gets two slots in each round). Each mode's entries are taken
+    in an order shuffled by (seed, mode, pass).
+    """
+    pools, chosen = {}, []
+    for entry in entries:
+        pools.setdefault(entry.mode, []).append(entry)
+    for slot in range(step * count, (step + 1) * count):
+        round_number, place = divmod(slot, len(modes))
+        mode = modes[place]
+        served = round_number * modes.count(mode) + modes[:place].count(mode)  # prompts of this mode before this slot
+        epoch, index = divmod(served, len(pools[mode]))
+        generator = torch.Generator().manual_seed(stable_seed(seed, mode, epoch))
+        order = torch.randperm(len(pools[mode]), generator=generator)
+        chosen.append(pools[mode][order[index]])
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample_tokens(logits, uniforms):
+    """logits [n, V], uniforms [n] in [0, 1) -> token ids [n], by inverting the cumulative distribution.
+
+    One number decides a token, so a completion does not depend on what else is in the batch. An id with logit -inf has
+    probability zero; the sum over 150,000 ids is in float64.
+    """
+    cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+class GroupDecoder:
+    """The KV cache of P prompts whose completions are decoded together, G per prompt.
+
+    With `shared_prefix`, a row holds one prompt, and its completions take turns behind it: each step adds one token of
+    each to the row's cache, and a mask keeps them apart. Without, the cache is expanded to one row per completion.
+    Finished completions leave their row, and rows without any leave the batch.
+
+    R rows, W completions per row, K cached positions:
+        slots [R, W]     index p * G + g of the completion that each column decodes, or NOBODY
+        owner [R, K]     who wrote each cached position: PREFIX, a completion's index, or NOBODY (padding)
+        hidden [R, W, D] what predicts the next token of each column
+    """
+
+    def __init__(self, model, prompts, visual, group, shared_prefix):
+        self.model, self.shared_prefix = model, shared_prefix
+        width, device, length = group if shared_prefix else 1, model.device, max(map(len, prompts))
+        pads = [length - len(prompt) for prompt in prompts]
+        rows = list(zip(pads, prompts, strict=True))
+        ids = torch.tensor([[model.pad_token_id] * n + prompt for n, prompt in rows], device=device)  # [P, L]
+        self.owner = torch.tensor([[NOBODY] * n + [PREFIX] * len(prompt) for n, prompt in rows], device=device)
+        self.cache = DynamicCache(config=model.causal_lm.config)
+        hidden = model.hidden_states(model.embed(ids, visual), (self.owner == PREFIX).long(),
+                                     past_key_values=self.cache, use_cache=True)[:, -1:]  # [P, 1, D]
+        if not shared_prefix:
+            self.cache.batch_repeat_interleave(group)
+            self.owner, hidden = self.owner.repeat_interleave(group, 0), hidden.repeat_interleave(group, 0)
+        self.slots = torch.arange(len(prompts) * group, device=device).view(-1, width)
+        self.position = (self.owner == PREFIX).sum(1, keepdim=True)  # [R, 1]: of the next new token
+        self.hidden = hidden.expand(-1, width, -1)
+
+    def unfinished(self):
+        """(indices [n] of the unfinished completions, hidden states [n, D] that predict their next tokens)."""
+        alive = self.slots != NOBODY
+        return self.slots[alive], self.hidden[alive]
+
+    def append(self, tokens, done):
+        """Add one token [n] to each unfinished completion; those that are `done` [n] leave. False if all have left."""
+        alive = self.slots != NOBODY
+        self.slots = self.slots.masked_scatter(alive, torch.where(done, NOBODY, self.slots[alive]))
+        if done.all():
+            return False
+        next_ids = torch.full_like(self.slots, self.model.pad_token_id).masked_scatter(alive, tokens)
+        if done.any():
+            next_ids = self._compact(next_ids)
+        self.owner = torch.cat([self.owner, self.slots], dim=1)
+        if self.shared_prefix:
+            visible = attention_mask(self.model, sees(self.slots, self.owner))  # [R, 1, W, K]
+        else:
+            visible = (self.owner != NOBODY).long()
+        self.hidden = self.model.hidden_states(
+            self.model.causal_lm.get_input_embeddings()(next_ids), visible,
+            position_ids=self.position.expand_as(self.slots), past_key_values=self.cache, use_cache=True)
+        self.position = self.position + 1
+        return True
+
+    def _compact(self, next_ids):
+        """Move unfinished completions to the left, then drop columns and rows that have none."""
+        finished = self.slots == NOBODY
+        widest = (~finished).sum(1).max()
+        order = finished.long().argsort(dim=1, stable=True)[:, :widest]
+        rows = (~finished).any(1).nonzero()[:, 0]
+        if len(rows) < len(self.owner):
+            self.owner, self.position = self.owner[rows], self.position[rows]
+            self.cache.batch_select_indices(rows)
+        self.slots = self.slots.gather(1, order)[rows]
+        return next_ids.gather(1, order)[rows]
+
+
+@torch.no_grad()
+def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, shared_prefix=True):
+    """Sample len(seeds[p]) completions of every prompt, all prompts together: list [P] of lists [G] of Completion.
+
+    prompts: P lists of ids; visual [P, N, D]; seeds [P][G] ints; limits [P]: most new tokens. temperature 0 is greedy.
+    """
+    group, device = len(seeds[0]), model.device
+    uniforms = []  # one number per token, drawn beforehand from the completion's own seed
+    for row, limit in zip(seeds, limits, strict=True):
+        uniforms += [torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in row]
+    uniforms = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True).to(device)  # [P * G, longest limit]
+    limits = torch.tensor(limits, device=device).repeat_interleave(group)  # [P * G]
+    ends = torch.tensor(model.end_ids, device=device)
+    ids, logps = [[] for _ in limits], [[] for _ in limits]
+    with model.decoding(), model.autocast():
+        head = model.head_weight if device.type == "cuda" else model.head_weight.float()
+        decoder = GroupDecoder(model, prompts, visual, group, shared_prefix)
+        for t in range(int(limits.max())):
+            which, hidden = decoder.unfinished()  # [n], [n, D]
+            with torch.autocast(device.type, enabled=False):
+                logits = head_logits(hidden, head, temperature or 1.0, model.banned_ids)  # [n, V]
+            tokens = sample_tokens(logits, uniforms[which, t]) if temperature else logits.argmax(-1)
+            token_logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            for k, token, logp in zip(which.tolist(), tokens.tolist(), token_logps.tolist(), strict=True):
+                ids[k].append(token)
+                logps[k].append(logp)
+            done = torch.isin(tokens, ends) | (t + 1 >= limits[which])
+            if not decoder.append(tokens, done):
+                break
+    completions = [Completion(i, i[-1] in model.end_ids, model.answer(i).text, logp)
+                   for i, logp in zip(ids, logps, strict=True)]
+    return [completions[start:start + group] for start in range(0, len(completions), group)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def load_reward(config):
+    """(reward function of `config.reward`, None), or (None, what is wrong with it or with `config.reward_weights`).
+
+    The function takes (caption, evidence, mode, reference caption) and returns a dataclass of parts in [0, 1]; the
+    reward is their sum weighted by `reward_weights`.
+    """
+    module, _, name = config.reward.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+        parts = dataclasses.asdict(function("A car ahead.", Evidence({"car"}), config.modes[0], "A car ahead."))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return None, f"reward: {config.reward} does not work as module:function: {type(error).__name__}: {error}"
+    unknown = sorted(set(config.reward_weights) - set(parts))
+    if unknown:
+        return None, f"reward_weights: {config.reward} has no part {', '.join(unknown)}; its parts: {', '.join(parts)}"
+    return function, None
+
+
+def answer_limits(config):
+    """{mode: longest answer in tokens}: `max_new_tokens`, else the mode's own limit."""
+    return {mode: config.max_new_tokens.get(mode, info.max_new_tokens) for mode, info in MODE_TABLE.items()}
+
+
+class RolloutSampler:
+    """Samples and scores answers: `roll_out` for a training step, `evaluate` greedily for the held-out clips.
+
+    evidence: {video: Evidence, or None where detection failed}; reward: a function as `load_reward` gives.
+    """
+
+    def __init__(self, config, accelerator, model, visual_tokens, evidence, reward, failed_clips):
+        self.config, self.accelerator, self.model = config, accelerator, model
+        self.visual_tokens, self.evidence, self.reward = visual_tokens, evidence, reward
+        self.failed_clips, self.limits = failed_clips, answer_limits(config)
+        self.prompts_per_rank = config.per_device_batch_size * config.gradient_accumulation_steps
+        self.prompts_per_step = self.prompts_per_rank * accelerator.num_processes
+
+    def roll_out(self, prompts, step) -> list[Rollout]:
+        """This rank's prompts of the step (from 1), each with its scored answers; without clips that cannot be read.
+
+        All ranks call this together.
+        """
+        config = self.config
+        chosen = prompts_of_step(prompts, step - 1, self.prompts_per_step, config.modes, config.seed)
+        first = self.accelerator.process_index * self.prompts_per_rank
+        asked = {slot: chosen[slot] for slot in range(first, first + self.prompts_per_rank)}
+        visual, errors = self._read_clips(asked)
+        self.failed_clips.add(self.accelerator, errors)
+        slots = [slot for slot in asked if slot in visual]
+        if not slots:
+            return []
+        seeds = []
+        for slot in slots:
+            seeds.append([stable_seed(config.seed, step, asked[slot].id, k) for k in range(config.num_generations)])
+        prompt_ids = [encode_prompt(self.model.tokenizer, asked[slot].question, self.model.num_visual_tokens)
+                      for slot in slots]
+        answers = sample_groups(
+            self.model, prompt_ids, torch.stack([visual[slot] for slot in slots]), seeds,
+            [self.limits[asked[slot].mode] for slot in slots], temperature=config.temperature,
+            shared_prefix=config.shared_prefix)
+        rollouts = []
+        for slot, ids, completions in zip(slots, prompt_ids, answers, strict=True):
+            group = Group(ids, visual[slot], [completion.ids for completion in completions])
+            records = [{"step": step, "slot": slot, "k": k, **self.score(asked[slot], completion)}
+                       for k, completion in enumerate(completions)]
+            rollouts.append(Rollout(slot, asked[slot], group, completions, records))
+        return rollouts
+
+    def _read_clips(self, asked):
+        """({slot: visual tokens [N, D]} of the clips that can be read, what is wrong with the others)."""
+        visual, errors = {}, []
+        for slot, entry in asked.items():
+            try:
+                visual[slot] = self.visual_tokens(entry.video)
+            except VideoError as error:
+                errors.append(str(error))
+        return visual, errors
+
+    def score(self, entry, completion) -> dict:
+        """The answer's line of rollouts.jsonl, except its place in the step."""
+        evidence = self.evidence[entry.video]
+        parts = dataclasses.asdict(self.reward(completion.text, evidence, entry.mode, entry.captions[0]))
+        parts = {name: parts[name] for name in self.config.reward_weights}
+        total = sum(weight * parts[name] for name, weight in self.config.reward_weights.items())
+        mentions = [[mention.object, verdict, mention.start, mention.end]
+                    for mention, verdict in label_mentions(completion.text, evidence)]
+        return {"id": entry.id, "video": entry.video, "mode": entry.mode, "text": completion.text,
+                "tokens": len(completion.ids), "ended": completion.ended, "reward": total, **parts,
+                "mentions": mentions, "evidence": evidence_dict(evidence)}
+
+    @torch.no_grad()
+    def evaluate(self, held_out) -> dict[str, float]:
+        """Loss of the held-out captions and reward of greedy answers, by mode, divided among the ranks."""
+        sums, size, errors = Counter(), self.config.eval_batch_size, []
+        own = held_out[self.accelerator.process_index::self.accelerator.num_processes]
+        for start in range(0, len(own), size):
+            errors += self._evaluate_batch(own[start:start + size], sums)
+        self.failed_clips.add(self.accelerator, errors)
+        values = mean_losses(self.accelerator, sums)
+        rewards = sum_over_ranks(self.accelerator, [sums["reward", mode] for mode in MODES])
+        answers = sum_over_ranks(self.accelerator, [sums["answers", mode] for mode in MODES])
+        return values | {f"eval_reward_{mode}": reward / count
+                         for mode, reward, count in zip(MODES, rewards, answers, strict=True) if count}
+
+    def _evaluate_batch(self, entries, sums) -> list[str]:
+        """Add one batch's losses and rewards to `sums`; returns the errors of unreadable clips."""
+        visual, errors = self._read_clips(dict(enumerate(entries)))
+        entries = [entry for i, entry in enumerate(entries) if i in visual]
+        if not entries:
+            return errors
+        groups = [self._caption_group(entry, tokens) for entry, tokens in zip(entries, visual.values(), strict=True)]
+        logps, _, mask = completion_logps(self.model, groups, shared_prefix=False)
+        answers = sample_groups(
+            self.model, [group.prompt_ids for group in groups], torch.stack([group.visual for group in groups]),
+            [[0]] * len(groups), [self.limits[entry.mode] for entry in entries], temperature=0.0, shared_prefix=False)
+        for row, (entry, (answer,)) in enumerate(zip(entries, answers, strict=True)):
+            sums["loss", entry.mode] -= logps[row].sum().item()
+            sums["tokens", entry.mode] += mask[row].sum().item()
+            if self.evidence[entry.video]:
+                sums["reward", entry.mode] += self.score(entry, answer)["reward"]
+                sums["answers", entry.mode] += 1
+        return errors
+
+    def _caption_group(self, entry, tokens):
+        """The entry's prompt with its first caption as the only completion."""
+        example = encode_example(self.model.tokenizer, entry.question, entry.captions[0], self.model.num_visual_tokens,
+                                 self.config.max_text_tokens)
+        answer = [label for label in example["labels"] if label != IGNORE_INDEX]
+        return Group(example["input_ids"][:-len(answer)], tokens, [answer])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages of a step
+
+
+@dataclass
+class StepTotals:
+    """What a step's loss is divided by, over all ranks: rows and tokens that count, training passes."""
+
+    live_groups: int = 0  # groups with something to learn from
+    rows: int = 0
+    tokens: int = 0
+    passes: int = 0
+
+
+def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotals:
+    """Advantages of all answers of a step; `records` are those of all ranks in order, `rollouts` this rank's.
+
+    Sets "advantage" in every record, and `advantages` and `kept` of the rollouts that the loss is made of. A group is
+    left out (dead) where all rewards are equal, or where all its answers are cut off and `mask_truncated` is set.
+    """
+    totals, passes = StepTotals(), Counter()
+    if not records:
+        return totals
+    own = {rollout.slot: rollout for rollout in rollouts}
+    group = config.num_generations
+    rewards = torch.tensor([record["reward"] for record in records], dtype=torch.float64).view(-1, group)  # [B, G]
+    advantages = group_advantages(rewards, config.advantage_scale, config.std_floor)
+    for row, varied in enumerate(has_variance(rewards).tolist()):
+        answers = records[row * group:(row + 1) * group]
+        for record, advantage in zip(answers, advantages[row].tolist(), strict=True):
+            record["advantage"] = advantage
+        kept = [record["ended"] or not config.mask_truncated for record in answers]
+        if not varied or not any(kept):
+            continue
+        slot = answers[0]["slot"]
+        if slot in own:
+            own[slot].advantages, own[slot].kept = advantages[row].float(), torch.tensor(kept)
+        totals.live_groups += 1
+        totals.rows += group
+        totals.tokens += sum(record["tokens"] for record, keep in zip(answers, kept, strict=True) if keep)
+        passes[slot // prompts_per_rank] += 1
+    totals.passes = sum(math.ceil(count / config.per_device_batch_size) for count in passes.values())
+    return totals
+
+
+def gather_records(rollouts) -> list[dict]:
+    """Records of all ranks, in the order of their slots."""
+    records = []
+    for rollout in rollouts:
+        records += rollout.records
+    return gather_object(records)
+
+
+def describe(config, records, totals) -> dict[str, float]:
+    """Statistics of a step's answers: {tag: number}, rewards and lengths by mode."""
+    if not records:
+        return {"prompts": 0}
+    rewards = torch.tensor([record["reward"] for record in records], dtype=torch.float64)
+    rewards = rewards.view(-1, config.num_generations)  # [B, G]
+    values = {"prompts": len(rewards), "reward": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
+              "dead_groups": 1 - totals.live_groups / len(rewards)}
+    for mode in MODES:
+        own = [record for record in records if record["mode"] == mode]
+        for name in ("reward", *config.reward_weights) if own else ():
+            values[f"{name}/{mode}"] = sum(record[name] for record in own) / len(own)
+        if own:
+            values[f"length/{mode}"] = sum(record["tokens"] for record in own) / len(own)
+            values[f"truncated/{mode}"] = sum(not record["ended"] for record in own) / len(own)
+    return values
+
+
+def log_step(run, step, total_steps, values):
+    """One step: metrics.jsonl, TensorBoard and a line."""
+
+    def show(form, key):
+        return form.format(values[key]) if key in values else "-"
+
+    by_mode = ", ".join(f"{mode[:3]} {show('{:.3f}', f'reward/{mode}')}" for mode in MODES)
+    lengths = "/".join(show("{:.0f}", f"length/{mode}") for mode in MODES)
+    run.log_scalars(step, values, line=(
+        f"step {step:>{len(str(total_steps))}}/{total_steps} | reward {show('{:.3f}', 'reward')} ({by_mode}) | "
+        f"std {show('{:.3f}', 'reward_std')} | dead {show('{:.0%}', 'dead_groups')} | kl {show('{:.4f}', 'kl')} | "
+        f"entropy {show('{:.2f}', 'entropy')} | tokens {lengths} | grad {show('{:.2f}', 'grad_norm')} | "
+        f"lr {values['learning_rate']:.1e} | {values['tokens_per_second']:,.0f} tok/s | "
+        f"{values['memory_gb']:.1f} GB | {clock(values['seconds_left'])} left"))
+
+
+def curve_panels(config):
+    """Panels of curves.png: {title: keys}."""
+    parts = {}
+    for mode in MODES:
+        parts[f"parts, {mode}"] = [f"{part}/{mode}" for part in config.reward_weights]
+    return {
+        "reward": [*(f"reward/{mode}" for mode in MODES), *(f"eval_reward_{mode}" for mode in MODES)], **parts,
+        "std of a group's rewards, share of dead groups": ["reward_std", "dead_groups"],
+        "KL to stage 2, nats per token": ["kl"],
+        "entropy, nats per token": ["entropy"],
+        "tokens per answer": [f"length/{mode}" for mode in MODES],
+        "share cut off, share clipped": [*(f"truncated/{mode}" for mode in MODES), "clip"],
+        "loss on held-out captions": ["eval_loss"],
+        "gradient norm": ["grad_norm"],
+    }

@@ -1,0 +1,220 @@
+"""Configuration: defaults, YAML, flags, and that every program declares only the keys that it reads."""
+
+import ast
+import dataclasses
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training import config as configs
+from training.common import ConfigError, load_config
+from training.config import Stage1Config, Stage2Config, TrainKeys
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Detector:
+    """Detector"""
+
+    weights: str = "yolov8x.pt"  # weights file
+    image_size: int = 1280  # pixels
+
+
+@dataclass
+class Config(TrainKeys):
+    """Test stage"""
+
+    learning_rate: float = 1e-3  # peak learning rate
+    detector: Detector = field(default_factory=Detector)  # the detector
+    checkpoint: list[str] = field(default_factory=list)  # NAME=FOLDER
+    limits: dict[str, int] = field(default_factory=lambda: {"microscope": 3, "copilot": 4})  # tokens
+    no_video: bool = False  # rows only
+
+
+def problems_of(capsys, *argv, cls=Config, **kwargs):
+    """The lines of the one message that `argv` causes on stderr, exit code 2."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(cls, list(argv), **kwargs)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.strip() == str(caught.value)
+    return err.split("\n  - ")[1:]
+
+
+def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 5e-4\nseed: 7\nepochs: 3\ndetector: a.pt\nlimits: {copilot: 9}\n")
+    config = load_config(Config, ["--config", str(file), "--seed", "8"])
+    assert (config.num_frames, config.learning_rate, config.seed, config.epochs) == (16, 5e-4, 8, 3)
+    assert isinstance(config, Config) and config.detector == Detector("a.pt", 1280)
+    assert config.limits == {"copilot": 9}  # a mapping is replaced: what the file leaves out is not in it
+
+
+def test_none_is_understood_in_yaml_and_flags(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("max_steps: none\nframe_cache: none\ninit_from: null\nresume: none\n")
+    config = load_config(Config, ["--config", str(file)])
+    assert (config.max_steps, config.frame_cache, config.init_from, config.resume) == (None, None, None, "none")
+
+
+def test_flags_may_have_dashes_underscores_equals_signs_and_nested_keys():
+    config = load_config(Config, ["--learning-rate", "2e-4", "--per_device-batch_size=3", "--no-video", "--detector",
+                                  "b.pt", "--detector.image-size", "640", "--checkpoint", "a=x", "b=y", "--max-steps",
+                                  "none", "--output-dir=with-dash", "--activation_checkpointing", "false",
+                                  "--limits.copilot", "7"])
+    assert (config.learning_rate, config.per_device_batch_size, config.no_video) == (2e-4, 3, True)
+    assert config.detector == Detector("b.pt", 640) and config.checkpoint == ["a=x", "b=y"]
+    assert config.max_steps is None and config.output_dir == "with-dash" and config.activation_checkpointing is False
+    assert config.limits == {"microscope": 3, "copilot": 7}
+
+
+def test_yaml_may_hold_nested_mappings(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("detector:\n  weights: c.pt\n  image_size: 320\n")
+    assert load_config(Config, ["--config", str(file)]).detector == Detector("c.pt", 320)
+    file.write_text("detector:\n  wieghts: c.pt\n")
+    with pytest.raises(ConfigError, match="detector: .*'weights'"):
+        load_config(Config, ["--config", str(file)])
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("learnin_rate: 1\nepochs: many\ndtype: float16\n")
+    found = problems_of(capsys, "stray", "--config", str(file), "--num-frame", "8", "--seed", "1.5", "--dtype", "x",
+                        "--detector.wieghts", "a.pt")
+    assert len(found) == 8
+    text = "\n".join(found)
+    assert "unknown key learnin_rate (did you mean 'learning_rate'?)" in text
+    assert "epochs: Value 'many' of type 'str' could not be converted to Integer" in text
+    assert "dtype: Invalid value 'float16', expected one of ['bfloat16', 'float32']" in text
+    assert "unknown flag --num_frame (did you mean 'num_frames'?)" in text
+    assert "unknown flag --detector.wieghts (did you mean 'detector.weights'?)" in text
+    assert "--seed: invalid literal for int() with base 10: '1.5'" in text
+    assert "invalid choice 'x' for argument '--dtype'. Expected one of ('bfloat16', 'float32')." in text
+    assert "'stray' belongs to no flag" in text
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--epochs", "0"], "epochs must be above 0, got 0"),
+    (["--warmup", "2"], "warmup must be between 0 and 1"),
+    (["--learning_rate", "nan"], "learning_rate must be above 0"),
+    (["--activation_checkpointing", "perhaps"], "'perhaps' belongs to no flag"),
+    (["--seed"], "Missing value for argument '--seed'"),
+    (["--lr", "1e-3"], "unknown flag --lr (did you mean 'learning_rate'?)"),
+    (["--config", "nowhere.yaml"], "config file nowhere.yaml not found"),
+])
+def test_values_that_cannot_work_are_refused(argv, word, capsys):
+    assert any(word in line for line in problems_of(capsys, *argv))
+
+
+@pytest.mark.parametrize("content, word", [
+    ("a: [1\n", "not a valid YAML file"), ("- a\n- b\n", "key: value"), ("seed: 1\nseed: 2\n", "duplicate key"),
+    ("seed: null\n", "seed: field 'seed' is not Optional"), ("data: [a, b]\n", "data: Cannot convert"),
+])
+def test_broken_yaml_is_refused(content, word, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    assert any(word in line for line in problems_of(capsys, "--config", str(file)))
+
+
+def test_keys_of_other_programs_may_be_in_the_file_but_not_on_the_command_line(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("judge: {weights: x.pt}\nlora_r: 3\nseed: 3\n")
+    assert load_config(Stage1Config, ["--config", str(file)]).seed == 3
+    assert "unknown flag --lora_r" in problems_of(capsys, "--lora_r", "3", cls=Stage1Config)[0]
+
+
+def test_help_names_every_key_with_its_current_value(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1234\n")
+    with pytest.raises(SystemExit) as caught:
+        load_config(Config, ["--help", "--config", str(file)], description="What this does.")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and "What this does." in text and "--config FILE" in text
+    for key in Config.__dataclass_fields__:
+        assert f"--{key}" in text, key
+    assert "default: 1234)" in " ".join(text.split())
+    assert "peak learning rate" in text and "--detector.image_size" in text
+
+
+# ---- what is shipped -------------------------------------------------------------------------------------------------
+
+PROGRAMS = {  # program: (its configuration, files that read it beyond the program's own)
+    "train_stage1_ddp.py": (configs.Stage1Config, ["training/loop.py", "training/run_folder.py", "dataset.py"]),
+    "train_stage2.py": (configs.Stage2Config, ["training/loop.py", "training/run_folder.py", "dataset.py"]),
+    "train_stage3.py": (configs.Stage3Config, ["training/loop.py", "training/run_folder.py", "dataset.py",
+                                               "stage3/rollout.py", "stage3/grpo.py"]),
+    "stage3/detect_objects.py": (configs.DetectConfig, ["dataset.py"]),
+    "evaluate.py": (configs.EvaluateConfig, ["dataset.py"]),
+    "generate.py": (configs.GenerateConfig, []),
+    "check_dataset.py": (configs.CheckConfig, ["dataset.py"]),
+    "augment_captions.py": (configs.AugmentConfig, []),
+}
+
+
+def keys_read(path):
+    """Attributes read from something called config or self.config in a file, and literal names given to getattr."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "self.config"):
+            found.add(node.attr)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_reads_every_key_that_it_declares(program):
+    cls, others = PROGRAMS[program]
+    read = set.union(*(keys_read(path) for path in (program, *others)))
+    assert not set(cls.__dataclass_fields__) - read
+
+
+def test_every_program_is_listed_here():
+    programs = {cls for cls in vars(configs).values() if isinstance(cls, type) and issubclass(cls, configs.Config)
+                and cls.__name__.endswith("Config")} - {configs.Config}
+    assert programs == {cls for cls, _ in PROGRAMS.values()}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_and_wrong_flags_never_wait_for_torch(program, tmp_path):
+    """torch is replaced by a module that cannot be imported: a program that imports it before parsing flags fails."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run = [sys.executable, "-m", program.removesuffix(".py").replace("/", ".")]
+    for flag, code, word in (("--help", 0, "usage:"), ("--no_such_flag", 2, "unknown flag --no_such_flag")):
+        done = subprocess.run([*run, flag], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and word in done.stdout + done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name, cls", [("stage1", configs.Stage1Config), ("stage2", configs.Stage2Config),
+                                       ("stage3", configs.Stage3Config), ("stage3", configs.DetectConfig)])
+def test_the_real_configs_hold_the_default_values(name, cls):
+    """A key that a demo config leaves out has the real recipe's value."""
+    assert load_config(cls, ["--config", str(ROOT / "configs" / f"{name}.yaml")]) == cls()
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_demo_configs_hold_only_keys_that_differ(name):
+    keys = yaml.safe_load((ROOT / "configs" / "demo" / f"{name}.yaml").read_text())
+    programs = {"stage1": [configs.Stage1Config], "stage2": [configs.Stage2Config, configs.CheckConfig],
+                "stage3": [configs.Stage3Config, configs.EvaluateConfig, configs.DetectConfig]}[name]
+    for key, value in keys.items():
+        defaults = [dataclasses.asdict(cls())[key] for cls in programs if key in cls.__dataclass_fields__]
+        assert defaults and value not in defaults, key
+
+
+def test_the_recipe_is_that_of_the_published_project():
+    for config, values in ((Stage1Config(), (1e-3, 40, 16)), (Stage2Config(), (5e-5, 20, 32))):
+        clips = config.per_device_batch_size * config.gradient_accumulation_steps
+        assert (config.num_frames, config.num_val_videos, config.seed) == (16, 40, 42)
+        assert (config.learning_rate, config.epochs, clips) == values
+    config = Stage2Config()
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (32, 64, 0.05)
+    assert (config.per_device_batch_size, config.lr_schedule) == (2, "cosine")

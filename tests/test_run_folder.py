@@ -1,0 +1,277 @@
+"""Run folder, resume rules, missing inputs, and curves."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training import loop
+from training.common import ConfigError, read_jsonl
+from training.config import TrainKeys
+from training.run_folder import RunFolder, _smooth, plot_curves
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Detector:
+    weights: str = "yolov8x.pt"
+    image_size: int = 1280
+
+
+@dataclass
+class Config(TrainKeys):
+    learning_rate: float = 1e-3
+    detector: Detector = field(default_factory=Detector)
+
+
+# ---- run folder ------------------------------------------------------------------------------------------------------
+
+
+def config_in(folder, **changes):
+    return Config(output_dir=str(folder), **changes)
+
+
+def fake_checkpoint(folder, step, processes=1):
+    path = Path(folder) / "checkpoints" / f"step-{step:06d}"
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"num_processes": processes}))
+    return path
+
+
+def test_a_second_run_on_a_folder_is_refused_in_this_and_another_process(tmp_path, capsys):
+    code = f"from training.run_folder import RunFolder\nwith RunFolder({str(tmp_path)!r}): pass"
+    with RunFolder(tmp_path):
+        with pytest.raises(ConfigError, match="another run is writing"):
+            RunFolder(tmp_path)
+        other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert other.returncode == 2 and "another run is writing" in other.stderr
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path):
+        raise ZeroDivisionError
+    RunFolder(tmp_path).close()
+
+
+def test_a_run_writes_config_metrics_log_tensorboard_and_curves(tmp_path, capsys):
+    config = config_in(tmp_path, seed=5)
+    with RunFolder(tmp_path) as run:
+        run.start(config)
+        for step in range(1, 41):
+            norm = float("inf") if step == 3 else 1.0
+            run.log_scalars(step, {"loss": 1 / step, "grad_norm": norm}, line=f"line {step}")
+        run.log_scalars(40, {"eval_loss": 0.5, "reward/total": 1.0})
+        run.log_text("answers/copilot", 40, "a red car")
+        run.draw_curves({"loss": ["loss", "eval_loss"]})
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[2]["grad_norm"] is None and rows[39]["eval_loss"] == 0.5 and rows[39]["loss"] == 1 / 40
+    log = (tmp_path / "train.log").read_text()
+    assert "| line 40" in log and "line 40" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "runs").glob("events*"))
+    text = (tmp_path / "config.yaml").read_text()
+    assert text.startswith("# ") and "# commit " in text and yaml.safe_load(text)["seed"] == 5
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with RunFolder(tmp_path / "run") as run:
+        run.start(config_in(tmp_path))
+        run.log_scalars(1, {"loss": 1.0}, line="x")
+        run.log_text("a", 1, "x")
+        run.log_rollouts([{"step": 1}])
+        run.draw_curves({"loss": ["loss"]})
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_resumed_logs_drop_what_came_after_the_checkpoint(tmp_path):
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path))
+        for step in (1, 2, 3, 4):
+            run.log_scalars(step, {"loss": 1.0})
+            run.log_rollouts([{"step": step}])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing this line
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path), fake_checkpoint(tmp_path, 2))
+        run.log_scalars(3, {"loss": 2.0})
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [row["step"] for row in read_jsonl(tmp_path / "rollouts.jsonl")] == [1, 2]
+    with RunFolder(tmp_path) as run:  # a fresh start keeps nothing, not even step 0
+        run.start(config_in(tmp_path))
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+def test_checkpoints_are_complete_or_absent_and_old_ones_are_removed(tmp_path):
+    with RunFolder(tmp_path) as run:
+        for step in (2, 4, 6):
+            with run.checkpoint(step, keep=2, failed_clips=[]) as folder:
+                (folder / "weights").write_text(str(step))
+        with pytest.raises(OSError), run.checkpoint(8, keep=2):
+            raise OSError("disk full")
+        assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-000004", "step-000006"]
+        with run.checkpoint(10, keep=1):
+            pass
+        assert [p.name for p in run.checkpoints.iterdir()] == ["step-000010"]
+        assert json.loads((run.checkpoints / "step-000010" / "run.json").read_text())["num_processes"] == 1
+
+
+def test_resume_none_refuses_a_used_folder(tmp_path):
+    with RunFolder(tmp_path) as run:
+        assert run.find_resume(config_in(tmp_path, resume="none")) is None
+        fake_checkpoint(tmp_path, 10)
+        with pytest.raises(ConfigError, match="--resume auto"):
+            run.find_resume(config_in(tmp_path, resume="none"))
+
+
+def test_resume_auto_takes_the_newest_checkpoint_and_lists_differences(tmp_path):
+    config = config_in(tmp_path, resume="auto")
+    with RunFolder(tmp_path) as run:
+        assert run.find_resume(config) is None
+        run.start(config)
+        fake_checkpoint(tmp_path, 10)
+        newest = fake_checkpoint(tmp_path, 20)
+        (tmp_path / "checkpoints" / ".step-000030").mkdir()
+        assert run.find_resume(config) == newest
+        other = config_in(tmp_path, learning_rate=2.0, detector=Detector(image_size=64), resume="auto")
+        with pytest.raises(ConfigError) as caught:
+            run.find_resume(other)
+        assert "learning_rate: was 0.001, now 2.0" in str(caught.value)
+        assert "detector.image_size: was 1280, now 64" in str(caught.value) and "resume:" not in str(caught.value)
+
+
+def test_resume_auto_needs_the_same_number_of_processes(tmp_path):
+    config = config_in(tmp_path, resume="auto")
+    with RunFolder(tmp_path) as run:
+        run.start(config)
+        fake_checkpoint(tmp_path, 10, processes=2)
+        with pytest.raises(ConfigError, match="processes: was 2, now 1"):
+            run.find_resume(config)
+
+
+def test_resume_from_a_path_may_change_the_config_in_another_folder(tmp_path, capsys):
+    old = tmp_path / "old"
+    with RunFolder(old) as run:
+        run.start(config_in(old))
+    first, last = fake_checkpoint(old, 10), fake_checkpoint(old, 20)
+    with RunFolder(tmp_path / "new") as run:
+        changed = config_in(tmp_path / "new", max_steps=99)
+        assert run.find_resume(dataclasses.replace(changed, resume=str(first))) == first
+        assert "max_steps: was None, now 99" in capsys.readouterr().out
+        assert run.find_resume(dataclasses.replace(changed, resume=str(old))) == last
+        with pytest.raises(ConfigError, match="neither none, auto"):
+            run.find_resume(dataclasses.replace(changed, resume=str(tmp_path / "nothing")))
+    with RunFolder(old) as run:
+        assert run.find_resume(config_in(old, resume=str(last))) == last
+        with pytest.raises(ConfigError, match="branch off"):
+            run.find_resume(config_in(old, resume=str(first)))
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_missing_is_in_one_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    config = config_in(tmp_path, data=str(tmp_path / "no.json"), video_root=str(tmp_path / "no"),
+                       val_data=str(tmp_path / "no_val.json"), vision_model=str(tmp_path / "empty"),
+                       language_model="./no-model", init_from=None)
+    with pytest.raises(ConfigError) as caught:
+        loop.load_inputs(config, stage=2, problems=["one of the caller's"])
+    text = str(caught.value)
+    assert "7 problems" in text
+    for word in ("no.json", "no_val.json", "video_root: no folder", "holds no config.json",
+                 "no such folder: ./no-model", "--init_from output/stage1", "one of the caller's"):
+        assert word in text
+
+
+def write_stage1(folder):
+    """A folder that looks like stage 1's result, as far as can be seen before a model is loaded."""
+    (folder / "stage1" / "model").mkdir(parents=True)
+    bases = {"vision_model": {"name": "org/tower"}, "language_model": {"name": "/gone/llm"}}
+    meta = {"stage": 1, "num_frames": 16, "tokens_per_frame": 81, "dtype": "bfloat16", "placeholder": "<x>"} | bases
+    (folder / "stage1" / "model" / "drivevlm.json").write_text(json.dumps(meta))
+    for name in ("projector.safetensors", "tokenizer_config.json"):
+        (folder / "stage1" / "model" / name).write_text("{}")
+
+
+@pytest.mark.parametrize("name, stage, changes, word", [
+    (None, 1, {}, None), ("stage1", 2, {}, None), ("stage1/model", 2, {}, None), ("stage1", 1, {}, "takes none"),
+    ("stage1", 3, {}, "it holds stage 1, but stage 2 is needed"), (None, 2, {}, "starts from stage 1's run folder"),
+    ("nowhere", 2, {}, "no checkpoint folder at"), ("stage1", 2, {"num_frames": 8}, "num_frames: 8"),
+    ("stage1", 2, {"vision_model": "org/other"}, "vision_model: org/other, but"),
+    ("stage1", 2, {"language_model": "moved/here"}, None),  # the old folder no longer exists
+])
+def test_init_from_must_be_the_stage_before(name, stage, changes, word, tmp_path):
+    write_stage1(tmp_path)
+    values = {"init_from": name and str(tmp_path / name), "num_frames": 16, "vision_model": "org/tower",
+              "language_model": "/gone/llm"}
+    problems = loop._init_from_problems(config_in(tmp_path, **(values | changes)), stage)
+    assert problems == [] if word is None else word in problems[0]
+
+
+def test_an_unfinished_stage_before_is_refused_with_what_is_missing(tmp_path):
+    write_stage1(tmp_path)
+    (tmp_path / "stage1" / "model" / "projector.safetensors").unlink()
+    problems = loop._init_from_problems(config_in(tmp_path, init_from=str(tmp_path / "stage1")), 2)
+    assert "projector.safetensors is missing" in problems[0] and "has stage 1 finished?" in problems[0]
+
+
+def test_entries_are_checked_too(tiny, tmp_path):
+    def check(rows, modes=(), num_val_videos=1, **changes):
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        config = config_in(tmp_path, data=str(tmp_path / "rows.json"), video_root=str(tiny.videos),
+                           num_val_videos=num_val_videos, vision_model=str(tiny.vision), language_model=str(tiny.llm),
+                           **changes)
+        return loop.load_inputs(config, stage=1, modes=modes)
+
+    both = {"microscope": ["A car."], "copilot": ["Car."]}
+    train, held_out = check([{"video": "car.mp4"} | both, {"video": "bus.mp4"} | both], ("microscope", "copilot"))
+    assert len(train) == len(held_out) == 2
+    for rows, word in (
+        ([{"video": "car.mp4"} | both, {"video": "gone.mp4"} | both], "1 of 2 clips are missing"),
+        ([{"video": "car.mp4", "microscope": ["x"]}, {"video": "bus.mp4", "microscope": ["x"]}], "no copilot entries"),
+        ([{"video": "car.mp4"} | both], "none left to train on"),
+        ([{"video": "../car.mp4"} | both, {"video": "bus.mp4"} | both], "../car.mp4"),
+        ([{"clip": "car.mp4"}], "clip"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check(rows, modes=("microscope", "copilot"))
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_held_out_clips_may_have_a_file_of_their_own(tiny, tmp_path):
+    both = {"microscope": ["A car."], "copilot": ["Car."]}
+    (tmp_path / "val.json").write_text(json.dumps([{"video": "walk.mp4"} | both]))
+    (tmp_path / "rows.json").write_text(json.dumps([{"video": "car.mp4"} | both, {"video": "bus.mp4"} | both]))
+    config = config_in(tmp_path, data=str(tmp_path / "rows.json"), val_data=str(tmp_path / "val.json"),
+                       video_root=str(tiny.videos), vision_model=str(tiny.vision), language_model=str(tiny.llm))
+    train, held_out = loop.load_inputs(config, stage=1)
+    assert {e.video for e in train} == {"car.mp4", "bus.mp4"} and {e.video for e in held_out} == {"walk.mp4"}
+    (tmp_path / "val.json").write_text(json.dumps([{"video": "./bus.mp4"} | both]))
+    with pytest.raises(ConfigError, match=r"val_data: 1 of its clips are also in .*rows.json: ./bus.mp4"):
+        loop.load_inputs(config, stage=1)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def test_curves_are_drawn_for_panels_with_values_only(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null, "kl": 0.1}\n')
+    plot_curves(metrics, tmp_path / "a.png", {"loss": ["loss"], "rate": ["learning_rate"]})
+    plot_curves(metrics, tmp_path / "b.png", {"KL": ["kl"], "reward": ["reward"]})
+    plot_curves(tmp_path / "none.jsonl", tmp_path / "c.png", {"loss": ["loss"]})
+    assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file() and not (tmp_path / "c.png").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "metrics.jsonl"]
+
+
+def test_smoothing_is_not_biased_towards_the_start():
+    assert _smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2.0, 2.0, 2.0])

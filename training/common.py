@@ -1,0 +1,264 @@
+"""What every program needs before anything heavy is imported: its configuration, its errors, small files.
+
+    config = load_config(Stage1Config, argv, default_config="configs/stage1.yaml")    defaults < YAML < flags
+    fail(problems)                                                                    one message, exit code 2
+    run_main(main)                                                                    user errors without a traceback
+
+Nothing here imports torch or another module of this project, so `--help` and a mistyped flag are answered at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import types
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def process_rank() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun sets them; (0, 1) under plain python."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*args, **kwargs):
+    """print, on rank 0 only."""
+    if process_rank()[0] == 0:
+        print(*args, **kwargs, flush=True)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+class DriveVLMError(Exception):
+    """Base of the errors that a user can fix (bad rows, clips, models, evidence); `run_main` prints them, exit 1."""
+
+
+class StopRun(SystemExit):
+    """Ends the program and prints `text`."""
+
+    exit_code = 1
+
+    def __init__(self, text: str):
+        super().__init__(self.exit_code)
+        self.text = text
+
+    def __str__(self):
+        return self.text
+
+
+class ConfigError(StopRun):
+    """A user error (bad flag, YAML or missing file) that `fail` has printed; exit code 2."""
+
+    exit_code = 2
+
+
+class TrainingError(StopRun):
+    """Training cannot continue (a loss that is not finite, too many unreadable clips); exit code 1."""
+
+
+def fail(problems: list[str], title: str = "nothing was started") -> typing.NoReturn:
+    """Print all problems as one message on stderr and exit with code 2 (ConfigError)."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{Path(sys.argv[0]).name or 'drive-vlm'}: {count}, {title}:"]
+    lines += ["  - " + problem.replace("\n", "\n    ") for problem in problems]
+    text = "\n".join(lines)
+    if process_rank()[0] != 0:
+        time.sleep(3)  # give rank 0 time to print first: torchrun ends the other ranks once one has failed
+    print(text, file=sys.stderr, flush=True)
+    raise ConfigError(text)
+
+
+def run_main(main):
+    """Run a script's `main()` and exit with what it returns; a DriveVLMError is one line on stderr and exit code 1."""
+    try:
+        sys.exit(main())
+    except DriveVLMError as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+def load_config(cls, argv=None, *, default_config=None, description=None):
+    """An instance of the dataclass `cls`: its defaults < the YAML file (`--config FILE`) < flags (`--name value`).
+
+    `default_config` is a path relative to the repository. The YAML file may hold keys of other programs
+    (`cls.every_key()`), which are ignored. `cls.problems()` checks values. Unknown keys, wrong types and bad values
+    come in one message on stderr with exit code 2 (ConfigError). `--help` lists every key.
+    """
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=ROOT / default_config if default_config else None)
+    known, argv = first.parse_known_args(argv)
+    problems = []
+    config = _read_yaml(cls, Path(known.config), problems) if known.config else cls()
+    if {"-h", "--help"} & set(argv):
+        about = f"{description or ''}\n--config FILE reads a YAML file with these keys (default: {default_config})."
+        tyro.cli(cls, args=["--help"], default=config, description=about, use_underscores=True)
+    for name, values in _split_flags(argv):
+        flag = _as_tyro_spells_it(config, name, values)
+        try:  # one flag at a time, as tyro stops at the first problem
+            with contextlib.redirect_stderr(io.StringIO()) as message:
+                config = tyro.cli(cls, args=flag, default=config, use_underscores=True)
+        except SystemExit:
+            lines = [line.strip("│ ─-") for line in message.getvalue().splitlines()[1:]]  # tyro's title and rules
+            text = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
+            if text.startswith("Unrecognized"):
+                text = f"unknown flag {name}{_nearest(name[2:], config)}"
+                if not name or name[2:] in _keys(config):
+                    text = f"{values[0]!r} belongs to no flag"
+            problems.append(f"command line: {text}")
+    problems += [] if problems else config.problems()
+    if problems:
+        fail(problems)
+    return config
+
+
+def _read_yaml(cls, path, problems):
+    """An instance of `cls` with the values of a YAML file; what is wrong with it is added to `problems`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    config = OmegaConf.structured(cls)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(content, dict):
+            raise ValueError("expected lines of 'key: value'")
+    except OSError:
+        problems.append(f"config file {path} not found (relative paths start at {Path.cwd()})")
+    except (YAMLError, ValueError) as error:
+        problems.append(f"{path} is not a valid YAML file of keys: {error}")
+    else:
+        for key, value in content.items():
+            if key not in cls.every_key():
+                problems.append(f"{path}: unknown key {key}{_nearest(str(key), cls)}")
+            elif key in cls.__dataclass_fields__:
+                nested = dataclasses.is_dataclass(OmegaConf.get_type(config, key))
+                if str(value).lower() == "none" and types.NoneType in typing.get_args(typing.get_type_hints(cls)[key]):
+                    value = None
+                try:
+                    if nested:  # detector: FILE is detector: {weights: FILE}
+                        value = {"weights": value} if isinstance(value, str) else value
+                        config = OmegaConf.merge(config, {key: value})
+                    else:
+                        config[key] = value
+                except OmegaConfBaseException as error:
+                    problems.append(f"{path}: {key}: {str(error).splitlines()[0]}")
+    return OmegaConf.to_object(config)
+
+
+def _split_flags(argv):
+    """["--a", "1", "2", "--b=3"] -> [("--a", ["1", "2"]), ("--b", ["3"])]; a value without a flag has the name ""."""
+    flags = []
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            flags.append((name.replace("-", "_").replace("__", "--", 1), [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(arg)
+        else:
+            flags.append(("", [arg]))
+    return flags
+
+
+def _as_tyro_spells_it(config, name, values):
+    """tyro's form of a flag: True and False are --x and --no-x, none is None, --detector FILE is --detector.weights."""
+    default = getattr(config, name[2:], None)
+    words = [value.lower() for value in values]
+    if isinstance(default, bool) and words in (["true"], ["false"]):
+        return [name if words == ["true"] else f"--no_{name[2:]}"]
+    name = f"{name}.weights" if dataclasses.is_dataclass(default) else name
+    return [*([name] if name else []), *("None" if word in ("none", "null") else value
+                                         for word, value in zip(words, values, strict=True))]
+
+
+def _keys(config):
+    """Names of the config's flags, those of nested settings as detector.weights."""
+    keys = list(config.__dataclass_fields__)
+    for name in config.__dataclass_fields__:
+        nested = getattr(getattr(config, name, None), "__dataclass_fields__", ())
+        keys += [f"{name}.{key}" for key in nested]
+    return keys
+
+
+def _nearest(key, config):
+    valid = {"lr": "learning_rate", **{name: name for name in _keys(config)}}
+    return f" (did you mean {valid[difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]]!r}?)"
+
+
+# ---- small things that several programs share ------------------------------------------------------------------------
+
+
+@functools.cache
+def git_commit() -> str:
+    """The commit of this checkout, with '+changes' where tracked files differ; 'unknown' outside git."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path` that is renamed to it at the end: a reader sees the whole file or none.
+
+    After an error inside, the temporary file is removed and `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+    """`text` as a file, complete or absent."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path, value, **style):
+    """`value` as a JSON file, complete or absent."""
+    write_text(path, json.dumps(value, ensure_ascii=False, **style) + "\n")
+
+
+def read_jsonl(path) -> list[dict]:
+    """Objects of a JSONL file; [] where there is none. An incomplete last line, left by a killed run, is ignored."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+def file_sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stable_seed(*parts) -> int:
+    """A 63-bit seed from anything that prints, the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

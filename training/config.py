@@ -1,0 +1,384 @@
+"""Every key of every program: one dataclass per program, built from groups that several programs share.
+
+The defaults are the real recipe (SigLIP2-SO400M, Qwen3-4B, one RTX 4090). The comment on a field's line is its help
+text. `problems()` checks values only; what touches the disk is checked by the program, before anything slow starts.
+A program declares only the keys that it reads (tests/test_config.py checks that). Contract: DESIGN section 8.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Config:
+    """Base of all programs' keys."""
+
+    @classmethod
+    def every_key(cls) -> set[str]:
+        """Keys of all programs: one YAML file may serve several of them."""
+        keys, classes = set(), [Config]
+        while classes:
+            known = classes.pop()
+            keys |= set(known.__dataclass_fields__)
+            classes += known.__subclasses__()
+        return keys
+
+    def problems(self) -> list[str]:
+        """Values of the right type that cannot work, one line each."""
+        return []
+
+    def out_of_range(self, above=(), least=(), shares=()) -> list[str]:
+        """One line for each value out of its range: `above` 0, at `least` 0, `shares` in [0, 1]; None is in range."""
+        rules = [(above, "above 0", lambda x: x > 0), (least, "at least 0", lambda x: x >= 0),
+                 (shares, "between 0 and 1", lambda x: 0 <= x <= 1)]
+        found = []
+        for keys, words, holds in rules:
+            for key in keys:
+                value = getattr(self, key)
+                if value is not None and not holds(value):
+                    found.append(f"{key} must be {words}, got {value}")
+        return found
+
+
+# ---- groups of keys --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataKeys(Config):
+    """Clips, captions and the split."""
+
+    data: str = "data/captions.json"  # captions: a JSON, JSONL or BDD-X CSV file, or a folder of them (see README)
+    val_data: str | None = None  # captions of the held-out clips in a file of their own; none: split `data`
+    video_root: str = "data/videos"  # folder that the rows' video paths are relative to
+    num_val_videos: int = 40  # clips of `data` held out for evaluation, with all their entries
+    split_seed: int = 42  # decides which clips are held out; must be the same in all stages
+    default_mode: str | None = None  # mode of rows whose question is not known; none: such rows are errors
+
+    def problems(self):
+        return super().problems() + self.out_of_range(least=["num_val_videos"])
+
+
+@dataclass
+class BaseModelKeys(Config):
+    """Base models and what the language model reads."""
+
+    vision_model: str = "google/siglip2-so400m-patch14-384"  # SigLIP-style tower: a folder or a hub name
+    language_model: str = "Qwen/Qwen3-4B-Instruct-2507"  # causal LM with a chat template: a folder or a hub name
+    num_frames: int = 16  # frames read from each clip, first and last included
+    max_text_tokens: int = 1024  # limit for question + answer + end token; longer answers are cut at a sentence
+
+    def problems(self):
+        found = super().problems() + self.out_of_range(above=["num_frames"])
+        return found + ([] if self.max_text_tokens >= 8
+                        else [f"max_text_tokens must be at least 8, got {self.max_text_tokens}"])
+
+
+@dataclass
+class TrainKeys(BaseModelKeys, DataKeys):
+    """Training, all stages."""
+
+    output_dir: str = "output/run"  # run folder: everything that this run writes
+    init_from: str | None = None  # run or checkpoint folder of the stage before
+    resume: str = "none"  # none | auto (continue from the last checkpoint) | a checkpoint folder
+    seed: int = 42  # decides the order of clips, caption variants, augmentation, new weights, sampled answers
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # frozen weights and autocast; trained weights are float32
+    frame_cache: str | None = "output/frame_cache"  # folder of decoded frames, shared by all runs; none: no cache
+    epochs: int = 1  # passes over the training entries
+    max_steps: int | None = None  # optimizer steps; overrides epochs
+    learning_rate: float = 1e-4  # peak learning rate
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # shape after the warm-up
+    warmup: float = 0.03  # share of the steps over which the learning rate rises to its peak
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    per_device_batch_size: int = 1  # clips per forward pass of one process
+    gradient_accumulation_steps: int = 1  # forward passes per optimizer step
+    activation_checkpointing: bool = True  # recompute activations in the backward pass to save memory
+    eval_every: int = 50  # steps between evaluations on the held-out clips (also before the first step, after the last)
+    sample_every: int = 100  # steps between sample answers about three held-out clips
+    sample_tokens: int = 320  # longest sample answer, in tokens
+    save_every: int = 100  # steps between checkpoints (also after the last step)
+    keep_checkpoints: int = 2  # number of newest checkpoints that are kept
+    max_failed_share: float = 0.01  # stop once more than this share of the clips could not be read
+
+    def problems(self):
+        return super().problems() + self.out_of_range(
+            above=("epochs", "max_steps", "learning_rate", "max_grad_norm", "per_device_batch_size",
+                   "gradient_accumulation_steps", "eval_every", "sample_every", "sample_tokens", "save_every",
+                   "keep_checkpoints"),
+            shares=("warmup", "max_failed_share"))
+
+
+@dataclass
+class DetectorSettings:
+    """A detector: how it looks at a clip, and what its boxes are taken to mean."""
+
+    weights: str = "yolov8x.pt"  # a weights file, or a name that ultralytics offers for download (AGPL-3.0)
+    image_size: int = 1280  # longer side of the frames as the detector sees them; 640 loses far traffic lights
+    num_frames: int = 31  # frames that the detector runs on; k * (model's frames - 1) + 1 includes the model's own
+    nms_iou: float = 0.7  # boxes of one class that overlap this much are merged
+    batch_size: int = 8  # frames per forward pass
+
+    present_confidence: float = 0.5  # a class is present at this confidence in present_frames frames
+    present_frames: int = 2  # number of such frames that it takes
+    strong_confidence: float = 0.7  # ... or at this confidence in one frame
+    absent_confidence: float = 0.25  # a class that stays below this is absent; in between it is unknown
+    salient_area: float = 0.002  # a present class is salient (a caption should mention it) at this share of the frame
+    salient_frames: int = 4  # ... or if it is present in this many frames
+    merge_iou: float = 0.7  # car, truck and bus boxes that overlap this much are one body: the weaker is unknown
+
+    def problems(self, name: str, lowest_confidence: float = 0.1) -> list[str]:
+        """Values that cannot work. `name`: the key of these settings; boxes below `lowest_confidence` are not kept."""
+        found = [f"{name}.{key} must be at least 1, got {getattr(self, key)}" for key in
+                 ("image_size", "num_frames", "batch_size", "present_frames", "salient_frames")
+                 if getattr(self, key) < 1]
+        low, middle, high = self.absent_confidence, self.present_confidence, self.strong_confidence
+        if not lowest_confidence <= low <= middle <= high <= 1:
+            found.append(f"{name}: needs {lowest_confidence} <= absent_confidence <= present_confidence <= "
+                         f"strong_confidence <= 1, got {low}, {middle}, {high}")
+        return found
+
+
+def judge_defaults() -> DetectorSettings:
+    """Other weights and other frames than the reward's detector: its mistakes are not the judge's."""
+    return DetectorSettings(weights="yolo11x.pt", image_size=1536, num_frames=46)
+
+
+# ---- one class per program -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage1Config(TrainKeys):
+    """train_stage1_ddp.py"""
+
+    output_dir: str = "output/stage1"  # run folder: everything that this run writes
+    pooling: int = 3  # patches per side that become one visual token (27x27 patches, pooling 3: 81 tokens per frame)
+    epochs: int = 40  # passes over the training entries
+    learning_rate: float = 1e-3  # peak learning rate of the projector and the temporal embeddings
+    weight_decay: float = 0.01  # on the projector's matrices; biases and temporal embeddings have none
+    per_device_batch_size: int = 4  # clips per forward pass of one process
+    gradient_accumulation_steps: int = 4  # forward passes per optimizer step
+    num_workers: int = 4  # processes that read clips; 0: read in the training process
+    eval_every: int = 100  # steps between losses on the held-out clips (also before the first step, after the last)
+    sample_every: int = 200  # steps between sample answers about three held-out clips
+    save_every: int = 200  # steps between checkpoints (also after the last step)
+
+    def problems(self):
+        return super().problems() + self.out_of_range(above=["pooling"], least=("num_workers", "weight_decay"))
+
+
+@dataclass
+class Stage2Config(TrainKeys):
+    """train_stage2.py"""
+
+    output_dir: str = "output/stage2"  # run folder: everything that this run writes
+    init_from: str | None = "output/stage1"  # stage 1's run folder
+    epochs: int = 20  # passes over the training entries
+    learning_rate: float = 5e-5  # peak learning rate of the LoRA adapters
+    projector_learning_rate: float = 5e-5  # peak learning rate of the projector
+    weight_decay: float = 0.01  # on the projector's matrices; biases and LoRA have none
+    lora_r: int = 32  # rank of the adapters on every linear layer of the language model's blocks
+    lora_alpha: int = 64  # the adapters' update is scaled by alpha / r
+    lora_dropout: float = 0.05  # dropout on the adapters' input
+    per_device_batch_size: int = 2  # clips per forward pass of one process
+    gradient_accumulation_steps: int = 16  # forward passes per optimizer step
+    num_workers: int = 4  # processes that read clips; 0: read in the training process
+
+    def problems(self):
+        found = self.out_of_range(above=("projector_learning_rate", "lora_r", "lora_alpha"),
+                                  least=("num_workers", "weight_decay"))
+        if not 0 <= self.lora_dropout < 1:
+            found.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        return super().problems() + found
+
+
+@dataclass
+class Stage3Config(TrainKeys):
+    """train_stage3.py"""
+
+    output_dir: str = "output/stage3"  # run folder: everything that this run writes
+    init_from: str | None = "output/stage2"  # stage 2's run folder; its adapter is also the KL's reference policy
+    epochs: int = 2  # passes over the prompts
+    learning_rate: float = 1e-5  # peak learning rate of the LoRA adapters
+    warmup: float = 0.05  # share of the steps over which the learning rate rises to its peak
+    per_device_batch_size: int = 1  # prompts per training pass of one process, each with all its answers
+    gradient_accumulation_steps: int = 4  # training passes per optimizer step; all their prompts are sampled at once
+    eval_every: int = 100  # steps between evaluations on held-out clips: loss, reward of greedy answers
+    eval_batch_size: int = 4  # held-out prompts that are answered at once
+    sample_every: int = 50  # steps between sample answers about three held-out clips
+    save_every: int = 50  # steps between checkpoints (also after the last step)
+
+    # prompts alternate between these modes; repeat a mode to sample it more often
+    modes: list[str] = field(default_factory=lambda: ["microscope", "copilot"])
+    num_generations: int = 8  # answers sampled for each prompt: its group
+    # longest answer per mode, in tokens; a mode left out: its limit in dataset.MODE_TABLE
+    max_new_tokens: dict[str, int] = field(default_factory=lambda: {"microscope": 768, "copilot": 96})
+    temperature: float = 1.0  # of sampling, and of all log-probs
+
+    # module:function (caption, evidence, mode, reference) -> dataclass of parts in [0, 1]
+    reward: str = "stage3.grpo_reward_func:physics_aware_reward"
+    # the reward is this weighted sum of its parts
+    reward_weights: dict[str, float] = field(default_factory=lambda: {
+        "objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15})
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"  # how the loss is averaged over tokens
+    beta: float = 0.02  # weight of the KL to stage 2's adapter; 0: no reference policy
+    kl: Literal["k3", "k2"] = "k3"  # estimator of that KL
+    epsilon: float = 0.2  # the probability ratio is clipped at 1 - epsilon
+    epsilon_high: float = 0.28  # ... and at 1 + epsilon_high
+    inner_epochs: int = 1  # updates made with one batch of answers
+    advantage_scale: Literal["group", "batch", "none"] = "group"  # std that advantages are divided by
+    std_floor: float = 0.05  # lower bound on that std, so that tiny reward differences are not amplified
+    mask_truncated: bool = True  # exclude truncated answers from the loss (they still count in the group mean)
+    shared_prefix: bool = True  # process a prompt once for its whole group; false: for models that cannot mask so
+
+    detector: DetectorSettings = field(default_factory=DetectorSettings)  # detector whose evidence the reward checks
+    evidence_cache: str = "output/evidence"  # folder of the detector's boxes, one JSON per clip
+    max_kl: float | None = 1.0  # stop when a step's mean KL per token exceeds this; none: never
+    max_dead_steps: int | None = 20  # stop after this many consecutive steps without a group whose rewards differ
+
+    def problems(self):
+        found = self.out_of_range(above=("eval_batch_size", "temperature", "inner_epochs", "max_dead_steps"),
+                                  least=("beta", "epsilon", "epsilon_high", "std_floor"))
+        if self.num_generations < 2:
+            found.append(f"num_generations must be at least 2 (answers are compared), got {self.num_generations}")
+        if not self.modes:
+            found.append("modes must name at least one mode")
+        found += [f"max_new_tokens.{mode} must be above 0, got {limit}"
+                  for mode, limit in self.max_new_tokens.items() if limit < 1]
+        if not self.reward_weights or min(self.reward_weights.values()) < 0 or sum(self.reward_weights.values()) <= 0:
+            found.append(f"reward_weights must be at least 0 and not all 0, got {self.reward_weights}")
+        return super().problems() + found + self.detector.problems("detector")
+
+
+@dataclass
+class DetectConfig(DataKeys):
+    """python -m stage3.detect_objects"""
+
+    # the reward's settings (all clips) or the judge's (held-out clips, for evaluate.py)
+    which: Literal["detector", "judge"] = "detector"
+    detector: DetectorSettings = field(default_factory=DetectorSettings)  # detector whose evidence the reward checks
+    # evaluate.py's detector, where there is no exact truth
+    judge: DetectorSettings = field(default_factory=judge_defaults)
+    evidence_cache: str = "output/evidence"  # folder of the detectors' boxes, one JSON per clip
+    num_frames: int = 16  # frames that the model reads; the reward's detector must run on these too
+
+    def problems(self):
+        return super().problems() + getattr(self, self.which).problems(self.which)
+
+
+@dataclass
+class EvaluateConfig(DataKeys):
+    """evaluate.py"""
+
+    checkpoint: list[str] = field(default_factory=list)  # NAME=FOLDER, one or several: checkpoint or run folders
+    output_dir: str = "output/evaluate"  # where predictions, metrics, table and page are written
+    control: str = ""  # the checkpoint that is shown blank, swapped and reversed clips; default: stage2, else the last
+    truth: str = ""  # file of exact truth, as the toy world writes it; without it, the judge's evidence is the truth
+    # detector that judges where there is no exact truth
+    judge: DetectorSettings = field(default_factory=judge_defaults)
+    evidence_cache: str = "output/evidence"  # folder of the detectors' boxes, one JSON per clip
+    vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
+    language_model: str | None = None  # where the language model is now, if not where the checkpoint says
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # weights and autocast
+    frame_cache: str | None = "output/frame_cache"  # folder of decoded frames, shared by all runs; none: no cache
+    # fewest and most words of an answer in range, per mode; a mode left out: dataset.MODE_TABLE
+    word_range: dict[str, list[int]] = field(default_factory=dict)
+    # longest answer per mode, longer than in training, so that rambling shows in the metrics
+    eval_max_new_tokens: dict[str, int] = field(default_factory=dict)
+    num_samples: int = 0  # extra rows with this many sampled answers per clip and mode
+    temperature: float = 1.0  # of the sampled answers
+    seed: int = 42  # of sampled answers and bootstrap draws
+    eval_batch_size: int = 8  # clips that are answered at once
+
+    def problems(self):
+        found = self.out_of_range(above=("eval_batch_size", "temperature"), least=["num_samples"])
+        found += [f"eval_max_new_tokens.{mode} must be above 0, got {limit}"
+                  for mode, limit in self.eval_max_new_tokens.items() if limit < 1]
+        found += word_range_problems(self.word_range)
+        return super().problems() + found + ([] if self.truth else self.judge.problems("judge"))
+
+
+@dataclass
+class GenerateConfig(Config):
+    """generate.py"""
+
+    checkpoint: str = ""  # checkpoint or run folder of any stage
+    video: str = ""  # the clip
+    mode: str = "microscope"  # a mode of dataset.MODE_TABLE
+    question: str | None = None  # your own words instead of the mode's question
+    max_new_tokens: int | None = None  # longest answer, in tokens; none: the mode's limit
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 42  # of a sampled answer
+    vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
+    language_model: str | None = None  # where the language model is now, if not where the checkpoint says
+    json: bool = False  # print one JSON object: text, ended, tokens, seconds
+
+    def problems(self):
+        found = [f"--{key}: must be given" for key in ("checkpoint", "video") if not getattr(self, key)]
+        return super().problems() + found + self.out_of_range(above=["max_new_tokens"], least=["temperature"])
+
+
+@dataclass
+class CheckConfig(BaseModelKeys, DataKeys):
+    """check_dataset.py"""
+
+    output_dir: str = "output/run"  # the report is written into its folder check_dataset/
+    pooling: int = 3  # patches per side that become one visual token
+    frame_cache: str | None = "output/frame_cache"  # folder of decoded frames that --build_cache fills
+    # fewest and most words of a usual caption, per mode; a mode left out: dataset.MODE_TABLE
+    word_range: dict[str, list[int]] = field(default_factory=dict)
+    num_workers: int = 4  # processes that read clips
+    no_video: bool = False  # check rows and labels only
+    strict: bool = False  # warnings fail too
+    json: str | None = None  # also write the report to this JSON file
+    drop_bad: str | None = None  # write the rows without errors to this JSONL file
+    # data files of other stages: do they train on a clip that is held out here?
+    other_data: list[str] = field(default_factory=list)
+    build_cache: bool = False  # fill frame_cache: decode every clip once, as training needs it
+    decode: Literal["all", "sampled"] = "all"  # decode all frames of a clip, or (faster) those that training reads
+    clip_timeout: float = 120.0  # seconds after which a clip that is still being decoded counts as hung
+    examples: int = 2  # examples per mode in report.html
+
+    def problems(self):
+        found = self.out_of_range(above=("clip_timeout", "pooling"), least=("examples", "num_workers"))
+        if self.build_cache and self.no_video:
+            found.append("--build_cache and --no_video exclude each other")
+        if self.build_cache and self.frame_cache is None:
+            found.append("--build_cache needs a folder: --frame_cache output/frame_cache")
+        return super().problems() + found + word_range_problems(self.word_range)
+
+
+@dataclass
+class AugmentConfig(Config):
+    """augment_captions.py"""
+
+    data: str = "data/raw_captions.json"  # raw captions: JSON, JSONL, or a folder of them, in any form of row
+    output: str = "data/captions.json"  # rows to train on, .json or .jsonl; a folder FILE.augment is made beside it
+    language_model: str = "Qwen/Qwen3-4B-Instruct-2507"  # teacher: causal LM with a chat template, folder or name
+    default_mode: str | None = "microscope"  # mode of rows whose question is not known
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the teacher's weights
+    seed: int = 42  # with clip, mode and number of the text, decides what is sampled
+    num_rewrites: int = 4  # Microscope texts wanted beside the original
+    num_summaries: int = 5  # Copilot texts wanted
+    spares: int = 2  # texts of each kind sampled beyond those wanted, to replace the ones that fail
+    clips_per_batch: int = 4  # clips whose texts are sampled together; lower it if memory runs out
+    temperature: float = 0.9  # of sampling
+    top_p: float = 0.95  # sample from the likeliest tokens that hold this probability together
+    rewrite_shortest: float = 0.7  # a rewrite has at least this share of the original's words
+    rewrite_longest: float = 1.4  # ... and at most this one
+    summary_min_words: int = 30  # fewest words of a summary; shorter originals are not summarised
+    summary_max_words: int = 60  # most words of a summary
+    max_overlap: float = 0.6  # a text that shares more of its runs of 4 words with another is a copy of it
+
+    def problems(self):
+        found = self.out_of_range(above=("clips_per_batch", "temperature", "summary_min_words", "top_p", "max_overlap"),
+                                  least=("num_rewrites", "num_summaries", "spares"), shares=("top_p", "max_overlap"))
+        if not 0 < self.rewrite_shortest <= self.rewrite_longest:
+            found.append(f"rewrite_shortest {self.rewrite_shortest}, rewrite_longest {self.rewrite_longest}: "
+                         "0 < shortest <= longest is needed")
+        if self.summary_max_words < self.summary_min_words:
+            found.append(f"summary_max_words {self.summary_max_words} is below summary_min_words")
+        return super().problems() + found
+
+
+def word_range_problems(word_range) -> list[str]:
+    return [f"word_range.{mode} must be [fewest, most], got {words}" for mode, words in word_range.items()
+            if len(words) != 2 or not 0 <= words[0] <= words[1]]

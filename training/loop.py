@@ -1,0 +1,424 @@
+"""What the training loops of the three stages share; each loop itself is in its stage script.
+
+Order of clips, learning rate and dropout are functions of (seed, step, rank): `step_batches`, `learning_rate_factor`,
+`seed_dropout`. A resumed run therefore needs weights and optimizer state only, and repeats the uninterrupted run bit
+for bit. There is no DDP wrapper: gradients of the trained part are summed once per optimizer step (`sum_gradients`).
+"""
+
+import functools
+import json
+import math
+import os
+import resource
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+
+from dataset import (
+    IGNORE_INDEX,
+    MODES,
+    DataError,
+    VideoError,
+    VideoInstructDataset,
+    cached_frames,
+    collate,
+    load_split,
+    resolve_video,
+)
+from model import ModelError, base_model_problem, read_checkpoint
+from training.common import TrainingError, fail, process_rank, stable_seed
+from training.run_folder import checkpoint_step
+
+PANELS = {  # curves.png of stages 1 and 2
+    "loss": ["loss", "eval_loss", *(f"eval_loss_{mode}" for mode in MODES)],
+    "learning rate": ["learning_rate"],
+    "gradient norm": ["grad_norm"],
+    "tokens / s": ["tokens_per_second"],
+}
+
+
+# ---- inputs, checked before anything slow starts ---------------------------------------------------------------------
+
+
+def load_inputs(config, stage: int, modes=(), problems=()):
+    """(training, held-out) entries; all that is missing or does not fit comes in one message (ConfigError, exit 2).
+
+    `modes` must all occur in the data. `stage` (1, 2 or 3) decides what `init_from` must hold. `problems` are those
+    that the caller has found itself.
+    """
+    problems = [*problems]
+    problems += [problem for key in ("vision_model", "language_model")
+                 if (problem := base_model_problem(key, getattr(config, key)))]
+    problems += _init_from_problems(config, stage)
+    missing = [f"video_root: no folder {config.video_root} (the rows' video paths are relative to it)"]
+    missing = [] if Path(config.video_root).is_dir() else missing
+    for key in ("data", "val_data"):
+        path = getattr(config, key)
+        if path is not None and not Path(path).exists():
+            missing.append(f"{key}: no file or folder {path} (one row per clip: "
+                           '{"video": "a.mov", "microscope": ["..."], "copilot": ["..."]})')
+    train_entries, held_out = [], []
+    if not missing:
+        try:
+            train_entries, held_out = load_split(config)
+            problems += _entry_problems(config, train_entries, held_out, modes)
+        except DataError as error:
+            problems.append(f"data: {error}")
+    problems += missing
+    if problems:
+        fail(problems)
+    return train_entries, held_out
+
+
+def _init_from_problems(config, stage):
+    """`init_from` must hold the result of the stage before, of the same frames and base models."""
+    if stage == 1:
+        return ["init_from: stage 1 starts from the base models and takes none"] if config.init_from else []
+    if not config.init_from:
+        return [f"init_from: stage {stage} starts from stage {stage - 1}'s run folder: "
+                f"--init_from output/stage{stage - 1}"]
+    try:
+        folder, meta = read_checkpoint(config.init_from, expect_stage=stage - 1)
+    except ModelError as error:
+        return [f"init_from: {error} (has stage {stage - 1} finished?)"]
+    found = []
+    if meta["num_frames"] != config.num_frames:
+        found.append(f"num_frames: {config.num_frames}, but {folder} was trained with {meta['num_frames']}")
+    for key in ("vision_model", "language_model"):
+        old, new = meta[key]["name"], getattr(config, key)
+        moved = Path(old).is_absolute() and not Path(old).exists()  # then the new name says where it is now
+        if Path(old).resolve() != Path(new).resolve() and not moved:
+            found.append(f"{key}: {new}, but {folder} was trained with {old}")
+    return found
+
+
+def _entry_problems(config, train_entries, held_out, modes):
+    """Modes that are missing, clips that are not there, less than one optimizer step of entries."""
+    entries, found = [*train_entries, *held_out], []
+    missing_modes = sorted(set(modes) - {entry.mode for entry in entries})
+    if missing_modes:
+        found.append(f"data: {config.data} has no {' and no '.join(missing_modes)} entries")
+    paths = {entry.video: resolve_video(config.video_root, entry.video) for entry in entries}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if len(missing) > config.max_failed_share * len(paths):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        found.append(f"video_root: {len(missing)} of {len(paths)} clips are missing: {names}")
+    return found
+
+
+def count_steps(config, num_entries: int) -> int:
+    """Optimizer steps of stage 1 or 2; ConfigError where the entries do not fill one."""
+    step_size = config.per_device_batch_size * config.gradient_accumulation_steps * process_rank()[1]
+    if num_entries < step_size:
+        fail([f"data: {num_entries} training examples do not fill one optimizer step of {step_size}"])
+    return config.max_steps or config.epochs * (num_entries // step_size)
+
+
+def start_accelerator(timeout_hours: float = 0.5) -> Accelerator:
+    """accelerate's view of this process: device, rank, sums over ranks. Silences libraries, divides CPU threads."""
+    transformers.logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers are forked
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes_here > 1:  # two processes with two threads each on two cores slow each other down five-fold
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=timeout_hours))
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
+
+
+# ---- order, learning rate, dropout: functions of (seed, step, rank) --------------------------------------------------
+
+
+def step_batches(num_entries, step, seed, batch_size, num_batches, rank, world) -> list[list[tuple[int, int]]]:
+    """(epoch, index) keys of one optimizer step (from 0), one list per micro-batch of this rank.
+
+    An epoch is a permutation drawn from (seed, epoch), truncated to whole steps: the last incomplete step is dropped.
+    Each stretch of world * batch_size keys is one micro-batch of all ranks, so two ranks see in one micro-batch what
+    one process sees with twice the batch size.
+    """
+    step_size = world * batch_size * num_batches
+    epoch, place = divmod(step, num_entries // step_size)
+    order = np.random.default_rng([seed, epoch]).permutation(num_entries)[place * step_size:(place + 1) * step_size]
+    keys = [(epoch, int(index)) for index in order]
+    starts = range(rank * batch_size, step_size, world * batch_size)
+    return [keys[start:start + batch_size] for start in starts]
+
+
+class StepSampler:
+    """The batch sampler of a data loader: the micro-batches of steps first_step .. total_steps - 1, for this rank."""
+
+    def __init__(self, config, num_entries, first_step, total_steps):
+        self.config, self.num_entries, self.steps = config, num_entries, range(first_step, total_steps)
+
+    def __len__(self):
+        return len(self.steps) * self.config.gradient_accumulation_steps
+
+    def __iter__(self):
+        for step in self.steps:
+            yield from step_batches(self.num_entries, step, self.config.seed, self.config.per_device_batch_size,
+                                    self.config.gradient_accumulation_steps, *process_rank())
+
+
+def learning_rate_factor(config, step, total_steps) -> float:
+    """Share of the peak learning rate at optimizer step `step` (from 0), above 0 except at the end of the schedule.
+
+    It rises linearly over the first `warmup` share of the steps, then follows `lr_schedule`.
+    """
+    warmup_steps = round(config.warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)  # 0 .. 1
+    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return shapes[config.lr_schedule]
+
+
+def seed_dropout(seed, step, rank):
+    """Dropout of one optimizer step, different on each rank; called at each step, so there is no state to save."""
+    torch.manual_seed(stable_seed("dropout", seed, step, rank))
+
+
+# ---- data and optimizer ----------------------------------------------------------------------------------------------
+
+
+def make_dataset(config, model, entries, train: bool) -> VideoInstructDataset:
+    """The entries as examples for `model`."""
+    return VideoInstructDataset(
+        entries, model.tokenizer, video_root=config.video_root, num_frames=model.num_frames,
+        image_size=model.image_size, num_visual_tokens=model.num_visual_tokens,
+        max_text_tokens=config.max_text_tokens, cache_dir=config.frame_cache, seed=config.seed, train=train,
+    )
+
+
+def make_loader(config, model, dataset, batches) -> DataLoader:
+    """Batches of `dataset`; `batches`: lists of its keys."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=config.num_workers,
+                      collate_fn=functools.partial(collate, pad_token_id=model.pad_token_id),
+                      pin_memory=model.device.type == "cuda")
+
+
+def make_optimizer(model, learning_rates: dict[str, float], weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, one group per peak rate; weight decay on the projector's matrices only.
+
+    This is the one place to choose another optimizer; its groups carry `name`, for `set_learning_rates`.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = model.parameter_group(name)
+            decays = group == "projector" and parameter.ndim > 1
+            groups.setdefault((list(learning_rates).index(group), decays), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": groups[key], "name": list(learning_rates)[key[0]], "weight_decay": weight_decay if key[1] else 0.0}
+         for key in sorted(groups)],
+        fused=model.device.type == "cuda")
+
+
+def set_learning_rates(optimizer, learning_rates: dict[str, float], factor: float):
+    """Each group's rate: its peak times the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rates[group["name"]] * factor
+
+
+# ---- sums over ranks, what stops a run -------------------------------------------------------------------------------
+
+
+def sum_over_ranks(accelerator, numbers) -> list[float]:
+    """The sum of each number over all processes."""
+    if accelerator.num_processes == 1:
+        return [float(number) for number in numbers]
+    return accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)).tolist()
+
+
+def sum_gradients(accelerator, parameters, loss: float) -> float:
+    """Sum the gradients of all processes in place (none counts as zero), as one vector; returns the summed losses."""
+    if accelerator.num_processes == 1:
+        return loss
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor([loss])])
+    flat = accelerator.reduce(flat)
+    for parameter, grad in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter)
+    return flat[-1].item()
+
+
+def require_finite(value: float, what: str, step: int, ids):
+    """TrainingError that names the clips of the step, unless `value` is finite."""
+    if not math.isfinite(value):
+        raise TrainingError(f"the {what} is {value} in step {step}, on {', '.join(ids)}")
+
+
+def require_gradients(model):
+    """TrainingError if a trained tensor got no gradient: it would silently never change."""
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        raise TrainingError(f"{len(without)} trained tensors get no gradient, such as {without[0]}")
+
+
+class FailedClips:
+    """Clips that could not be read, of all processes. They are skipped and logged; too many of them stop the run."""
+
+    def __init__(self, config, run, num_clips):
+        self.limit, self.run, self.num_clips = config.max_failed_share, run, num_clips
+        self.reasons = set()  # "path: reason"
+
+    def add(self, accelerator, errors: list[str]):
+        """Every process calls this together."""
+        errors = set(gather_object(errors) if accelerator.num_processes > 1 else errors)
+        for error in sorted(errors - self.reasons):
+            self.reasons.add(error)
+            self.run.print(f"skipped clip {len(self.reasons)} of {self.num_clips} | {error}")
+        share = len(self.reasons) / self.num_clips
+        if errors and share > self.limit:
+            raise TrainingError(
+                f"{len(self.reasons)} of {self.num_clips} clips ({share:.1%}) cannot be read, more than "
+                f"max_failed_share {self.limit:.1%}; check_dataset.py lists all of them. Last: {sorted(errors)[-1]}")
+
+
+def count_tokens(accelerator, batches, failed_clips) -> tuple[float, float]:
+    """(label tokens, all tokens) of a step's micro-batches over all ranks; notes the clips that failed."""
+    errors = []
+    labels = tokens = 0
+    for batch in batches:
+        errors += batch.pop("errors")
+        labels += int((batch["labels"] != IGNORE_INDEX).sum())
+        tokens += int(batch["attention_mask"].sum())
+    labels, tokens, num_errors = sum_over_ranks(accelerator, [labels, tokens, len(errors)])
+    if num_errors:
+        failed_clips.add(accelerator, errors)
+    return max(labels, 1.0), tokens
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def log_step(run, step, total_steps, values: dict):
+    """One step of stage 1 or 2: metrics.jsonl, TensorBoard and a line."""
+    v = values
+    run.log_scalars(step, values, line=(
+        f"step {step:>{len(str(total_steps))}}/{total_steps} | loss {v['loss']:7.4f} | lr {v['learning_rate']:.1e} | "
+        f"grad {v['grad_norm']:6.2f} | {v['tokens_per_second']:6,.0f} tok/s | data {v['data_wait']:3.0%} | "
+        f"{v['memory_gb']:.1f} GB | {clock(v['seconds_left'])} left"))
+
+
+def log_losses(run, step, losses: dict):
+    """Losses on the held-out clips: metrics.jsonl, TensorBoard and a line."""
+    shown = ", ".join(f"{key.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for key, value in losses.items())
+    run.log_scalars(step, losses, line=f"held-out after step {step} | {shown}")
+
+
+@torch.no_grad()
+def evaluate_loss(config, accelerator, model, dataset, failed_clips) -> dict[str, float]:
+    """Token-weighted loss over all held-out entries, divided among the ranks: {eval_loss, eval_loss_<mode>}."""
+    model.eval()
+    size, entries, batches = config.per_device_batch_size, dataset.entries, []
+    for mode in MODES:  # batches of one mode each
+        rows = [i for i, entry in enumerate(entries) if entry.mode == mode]
+        rows = rows[accelerator.process_index::accelerator.num_processes]
+        batches += [rows[start:start + size] for start in range(0, len(rows), size)]
+    sums, errors = Counter(), []
+    for batch, rows in zip(make_loader(config, model, dataset, batches), batches, strict=True):
+        errors += batch.pop("errors")
+        out = model(**batch)
+        sums["loss", entries[rows[0]].mode] += out["loss_sum"].item()
+        sums["tokens", entries[rows[0]].mode] += out["num_tokens"].item()
+    model.train()
+    failed_clips.add(accelerator, errors)
+    return mean_losses(accelerator, sums)
+
+
+def mean_losses(accelerator, sums) -> dict[str, float]:
+    """{("loss", mode): nats, ("tokens", mode): n} of this rank -> {"eval_loss", "eval_loss_<mode>"} of all ranks."""
+    losses = sum_over_ranks(accelerator, [sums["loss", mode] for mode in MODES])
+    tokens = sum_over_ranks(accelerator, [sums["tokens", mode] for mode in MODES])
+    values = {"eval_loss": sum(losses) / sum(tokens)} if sum(tokens) else {}
+    return values | {f"eval_loss_{mode}": loss / count
+                     for mode, loss, count in zip(MODES, losses, tokens, strict=True) if count}
+
+
+def frames_reader(config, model):
+    """video -> visual tokens [N, D], for `show_answers`; VideoError where the clip cannot be read."""
+
+    def read(video):
+        path = resolve_video(config.video_root, video)
+        frames = cached_frames(path, model.num_frames, model.image_size, config.frame_cache)
+        with torch.no_grad():
+            return model.encode_video(torch.from_numpy(frames)[None])[0]
+
+    return read
+
+
+def show_answers(config, run, model, step, entries, read_tokens):
+    """Greedy answers about the first three held-out clips that can be read, in every mode. For rank 0."""
+    clips, references = {}, {}
+    for entry in entries:
+        references[entry.video, entry.mode] = entry.captions[0]
+        if entry.video not in clips and len(clips) < 3:
+            try:
+                clips[entry.video] = read_tokens(entry.video)
+            except VideoError as error:
+                run.print(f"skipped held-out clip | {error}")
+    if not clips:
+        return
+    asked = [(video, mode) for video in clips for mode in MODES]
+    answers = model.generate(None, [MODES[mode] for _, mode in asked], max_new_tokens=config.sample_tokens,
+                             visual=torch.stack([clips[video] for video, _ in asked]))
+    lines, shown = [f"what the model says after step {step}"], None
+    for (video, mode), answer in zip(asked, answers, strict=True):
+        text = answer.text if answer.ended else answer.text + " [cut off]"
+        reference = references.get((video, mode), "none")
+        run.log_text(f"answers/{mode}/{video}", step, f"{text}\n\nreference: {reference}")
+        lines += [f"  {video}"] if video != shown else []
+        lines.append(f"    {mode:10} | {text}")
+        lines += [f"    {'reference':>10} | {reference}"] if step == 0 else []
+        shown = video
+    run.print("\n".join(lines))
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the GPU, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def clock(seconds: float) -> str:
+    """3725 -> 1:02:05"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(config, run, accelerator, model, optimizer, step, stage, failed_clips, **state):
+    """checkpoints/step-000010/: model/, optimizer.pt, run.json (failed clips and `state`); complete or absent.
+
+    All ranks call this together. An existing checkpoint of this step is kept.
+    """
+    with run.checkpoint(step, config.keep_checkpoints, barrier=accelerator.wait_for_everyone,
+                        failed_clips=sorted(failed_clips.reasons), **state) as folder:
+        if run.main:
+            model.save_checkpoint(folder / "model", stage=stage)
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+
+def restore(checkpoint, optimizer, failed_clips, device) -> tuple[int, dict]:
+    """Load optimizer and counters from a checkpoint; returns its (step, run.json). (0, {}) where it is None.
+
+    Learning rates and weight decay stay those of this run's configuration.
+    """
+    if checkpoint is None:
+        return 0, {}
+    state = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+    weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
+    for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = weight_decay
+    failed_clips.reasons = set(state["failed_clips"])
+    return checkpoint_step(checkpoint), state

@@ -1,0 +1,332 @@
+"""One run's folder: the lock, the logs, the checkpoints, which checkpoint a run continues from, and the curves.
+
+    config.yaml  train.log  metrics.jsonl  curves.png  runs/ (TensorBoard)  checkpoints/step-000010/  model/
+
+A checkpoint is model/ (a checkpoint folder), optimizer.pt and run.json: order of clips, learning rate and dropout are
+functions of (seed, step, rank), so there is no other state.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from training.common import (
+    ConfigError,
+    fail,
+    git_commit,
+    print0,
+    process_rank,
+    read_jsonl,
+    replacing,
+    write_json,
+    write_text,
+)
+
+
+class RunFolder:
+    """A run folder, used by one run at a time: rank 0 locks it and writes; on other ranks every call does nothing.
+
+    Use as a context manager. A second run on the folder exits with a ConfigError. `start` opens the logs, so that
+    `find_resume` can refuse before anything in the folder has changed.
+    """
+
+    def __init__(self, folder):
+        from filelock import FileLock, Timeout
+
+        self.folder = Path(folder)
+        self.checkpoints, self.model_folder = self.folder / "checkpoints", self.folder / "model"
+        self.main = process_rank()[0] == 0
+        self._row, self._writer, self._log = {}, None, None
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                fail([f"output_dir: another run is writing to {self.folder}; wait for it or give another --output_dir"])
+
+    @property
+    def finished(self) -> bool:
+        """True if the stage's result is there: `model/` is written last."""
+        return (self.model_folder / "drivevlm.json").is_file()
+
+    # ---- logs
+
+    def start(self, config, checkpoint=None):
+        """Save the resolved config and open the logs; entries after `checkpoint` (all, if None) are dropped."""
+        if not self.main:
+            return
+        from omegaconf import OmegaConf
+        from torch.utils.tensorboard import SummaryWriter
+
+        resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        processes = process_rank()[1]
+        header = f"# {command}\n# commit {git_commit()}, processes {processes}\n"
+        write_text(self.folder / "config.yaml", header + resolved)
+        step = checkpoint_step(checkpoint) if checkpoint else -1
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            if (self.folder / name).is_file():
+                kept = [row for row in read_jsonl(self.folder / name) if row["step"] <= step]
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+                write_text(self.folder / name, "".join(lines))
+        self._log = open(self.folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._writer = SummaryWriter(str(self.folder / "runs"), purge_step=step + 1)
+        self.log_text("config", max(step, 0), resolved)
+
+    def print(self, text: str):
+        """A line for the console and train.log."""
+        if not self.main:
+            return
+        print(text, flush=True)
+        if self._log is not None:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._log.write("".join(f"{stamp} | {line}\n" for line in text.splitlines()))
+            self._log.flush()
+
+    def log_scalars(self, step: int, values: dict, line: str | None = None):
+        """Numbers of one step for metrics.jsonl and TensorBoard, and a `line` for the console.
+
+        Several calls for one step make one row of metrics.jsonl. TensorBoard's tags: 'eval_x' -> eval/x, 'a/b' as it
+        is, any other -> train/x. None and numbers that are not finite become null.
+        """
+        if not self.main:
+            return
+        if self._row.get("step") != step:
+            self.flush()
+            self._row = {"step": step}
+        for key, value in values.items():
+            finite = value is not None and math.isfinite(value)
+            self._row[key] = value if finite else None
+            tag = key if "/" in key else f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+            if finite:
+                self._writer.add_scalar(tag, value, step)
+        if line:
+            self.print(line)
+
+    def log_text(self, tag: str, step: int, text: str):
+        """A text for TensorBoard."""
+        if self.main:
+            self._writer.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+
+    def log_rollouts(self, records: list[dict]):
+        """Append stage 3's sampled answers to rollouts.jsonl."""
+        if self.main:
+            with open(self.folder / "rollouts.jsonl", "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def flush(self):
+        """Write the current step's row to metrics.jsonl."""
+        if self.main and self._row:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(self._row) + "\n")
+            self._row = {}
+            self._writer.flush()
+
+    def draw_curves(self, panels):
+        """Draw curves.png from metrics.jsonl; see plot_curves."""
+        self.flush()
+        if self.main:
+            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", panels)
+
+    # ---- checkpoints
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, keep: int, barrier=lambda: None, **state):
+        """Yield a temporary folder that becomes checkpoints/step-000010 on exit; only the newest `keep` are kept.
+
+        Every process enters; `barrier` makes them wait for each other. `state` goes into run.json, with the number of
+        processes and the commit. After an error inside, nothing that looks like a checkpoint is left.
+        """
+        self.flush()
+        final = self.checkpoints / f"step-{step:06d}"
+        temporary = final.with_name(f".{final.name}")
+        if self.main:
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in self.checkpoints.glob(".*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir()
+            write_json(temporary / "run.json", {"num_processes": process_rank()[1], "commit": git_commit(), **state},
+                       indent=2)
+        barrier()
+        yield temporary
+        barrier()
+        if self.main:
+            if final.exists():  # saved before, with the same weights
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(final)
+            old = sorted(self.checkpoints.glob("step-[0-9]*"), key=checkpoint_step)[:-keep]
+            for folder in old:  # renamed first: a half-deleted folder must not look like a checkpoint
+                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
+
+    def find_resume(self, config) -> Path | None:
+        """The checkpoint that `config.resume` continues from, None for a fresh start; ConfigError if that is refused.
+
+        none: the folder must hold no checkpoints and no model. auto: its newest checkpoint, if the config is the same.
+        A path: that checkpoint (or a run folder's newest); another config is allowed there, and printed.
+        """
+        newest, resume = last_checkpoint(self.folder), config.resume
+        if resume == "none":
+            if newest or self.finished:
+                what = f"checkpoints up to {newest.name}" if newest else "a finished model"
+                fail([f"output_dir: {self.folder} already holds {what}; continue with --resume auto, "
+                      "or give another --output_dir, or remove the folder"])
+            return None
+        if resume == "auto":
+            checkpoint, source = newest, self.folder
+            if checkpoint is None:
+                return None
+        else:
+            checkpoint, source = self._checkpoint_to_branch_from(Path(resume), newest)
+        differences = config_differences(config, source)
+        processes = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["num_processes"]
+        if processes != process_rank()[1]:
+            differences.append(f"processes: was {processes}, now {process_rank()[1]}")
+        if differences and resume == "auto":
+            fail(differences, title=f"{source} was started with another configuration, --resume auto cannot continue "
+                                    f"(--resume {checkpoint} --output_dir NEW can)")
+        for difference in differences:
+            print0(f"resume: {difference}")
+        return checkpoint
+
+    def _checkpoint_to_branch_from(self, given, newest):
+        checkpoint = given if given.name.startswith("step-") and given.is_dir() else last_checkpoint(given)
+        if checkpoint is None:
+            fail([f"resume: {given} is neither none, auto, a checkpoint (.../step-000010) nor a run folder"])
+        source = checkpoint.resolve().parent.parent
+        if source == self.folder.resolve() and (self.finished or newest.name != checkpoint.name):
+            fail([f"resume: {self.folder} is already past {checkpoint.name}; give another --output_dir to branch off"])
+        return checkpoint, source
+
+    # ---- the end
+
+    def close(self):
+        """Write what is left and release the folder."""
+        if not self.main:
+            return
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+            self._log.close()
+            self._writer = self._log = None
+        self._lock.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and not issubclass(kind, ConfigError):
+            text = f"stopped by {kind.__name__}: {error}".rstrip(": ")
+            if self._log is not None:
+                self.print(f"{text}\ncontinue from the last checkpoint with --resume auto")
+            else:  # the cause may have been printed by another rank
+                print(f"rank {process_rank()[0]}: {text}", file=sys.stderr, flush=True)
+        self.close()
+
+
+def last_checkpoint(folder) -> Path | None:
+    """The newest complete checkpoint under a run folder's `checkpoints/`."""
+    return max(Path(folder, "checkpoints").glob("step-[0-9]*"), key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint) -> int:
+    """checkpoints/step-000010 -> 10"""
+    return int(Path(checkpoint).name.removeprefix("step-"))
+
+
+def config_differences(config, folder) -> list[str]:
+    """Keys whose values differ from those in `folder`/config.yaml, except resume and output_dir."""
+    from omegaconf import OmegaConf
+
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        return [f"{path} is missing"]
+    old = _dotted(OmegaConf.to_container(OmegaConf.load(path)))
+    new = _dotted(dataclasses.asdict(config))
+    keys = [key for key in {**new, **old} if key not in ("resume", "output_dir")]
+    return [f"{key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
+            for key in keys if old.get(key) != new.get(key)]
+
+
+def _dotted(tree: dict, prefix="") -> dict[str, object]:
+    """{"detector": {"weights": "x"}} -> {"detector.weights": "x"}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#64748b"]
+
+
+def _smooth(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average without the bias towards the start."""
+    result, mean, norm = [], 0.0, 0.0
+    for value in values:
+        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
+        result.append(mean / norm)
+    return result
+
+
+def _draw_panel(axis, title: str, curves: dict[str, list[tuple]]):
+    """One panel: {key: [(step, value), ..]}; many noisy values are drawn faintly under their moving average."""
+    for colour, (key, points) in zip(COLOURS * len(curves), curves.items(), strict=False):
+        steps, values = zip(*points, strict=True)
+        name = key.replace("eval_loss", "held-out").replace("_", " ")
+        if key.startswith("eval_"):
+            axis.plot(steps, values, "o-", color=colour, markersize=3.5, linewidth=1.2, label=name)
+            continue
+        noisy = len(values) > 30 and not key.startswith("learning_rate")
+        axis.plot(steps, values, color=colour, alpha=0.25 if noisy else 1.0, linewidth=1 if noisy else 1.6,
+                  label=None if noisy else name)
+        if noisy:  # averaged over about a twentieth of the run
+            smooth = _smooth(values, 1 - 1 / max(5, len(values) / 20))
+            axis.plot(steps, smooth, color=colour, linewidth=1.8, label=name)
+    axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def plot_curves(metrics, picture, panels: dict[str, list[str]]):
+    """Draw metrics.jsonl as a grid of panels, {title: keys of one panel}; panels without any value are left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    series = {}
+    for row in read_jsonl(metrics):
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                series.setdefault(key, []).append((row["step"], value))
+    shown = {}
+    for title, keys in panels.items():
+        curves = {key: series[key] for key in keys if key in series}
+        if curves:
+            shown[title] = curves
+    if not shown:
+        return
+    columns = min(2, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 3.1 * lines), squeeze=False,
+                                layout="constrained")
+    for axis in axes.flat[len(shown):]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, shown.items(), strict=False):
+        _draw_panel(axis, title, curves)
+    figure.suptitle(str(Path(metrics).parent), fontsize=9, color="#64748b", x=0.01, ha="left")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)
