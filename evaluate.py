@@ -38,6 +38,7 @@ from pages.render import film_strip, highlight, render
 from stage3.detect_objects import detect_clips, load_evidence, weights_problems
 from stage3.mentions import find_mentions
 from stage3.vocabulary_config import COCO_NAMES
+from training.loop import leak_problems
 
 BOOTSTRAP = 1000  # draws of clips
 FIXED = ("prior", "blank", "swapped", "reversed", "reference")  # rows that are there whatever the checkpoints
@@ -436,6 +437,8 @@ def open_inputs(config: EvaluateConfig):
                          f"(num_val_videos is {config.num_val_videos})" for mode in MODE_TABLE if mode not in found]
         except DataError as error:
             problems.append(f"data: {error}")
+    for folder in folders.values():
+        problems += leak_problems(config, held_out, folder)
     if not config.truth:
         problems += weights_problems(config.judge, "judge")
     elif "truth" not in absent:

@@ -401,6 +401,13 @@ def _shape_problems(path, expected):
     return [f"{Path(path).name}: {line}" for line in wrong[:8] + more]
 
 
+def read_clips(folder):
+    """{"trained": [..], "held_out": [..]}: keys (dataset.clip_key) of the clips that a checkpoint was trained on, in
+    its stage and those before, and of those that it held out. Empty lists for checkpoints that do not say."""
+    path = checkpoint_folder(folder) / "clips.json"
+    return _read_json(path) if path.is_file() else {"trained": [], "held_out": []}
+
+
 def adapter_hash(source):
     """sha256 over names, types, shapes and bytes of adapter tensors.
 
@@ -459,6 +466,7 @@ class DriveVLM(nn.Module):
         # Otherwise the published generation defaults (temperature, top_k, top_p) apply to any option we do not pass.
         llm.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=self.pad_token_id)
         self.stage = 0  # the stage that these weights come from; 0: straight from the base models
+        self.clips = {"trained": [], "held_out": []}  # clip keys, of this stage and those before; see read_clips
         self.trained_groups = ()
         self.requires_grad_(False)
         self.eval()
@@ -525,7 +533,7 @@ class DriveVLM(nn.Module):
         model.load_state_dict(state, strict=False)
         if (folder / "adapter").is_dir():
             model._load_adapter(folder / "adapter")
-        model.stage = meta["stage"]
+        model.stage, model.clips = meta["stage"], read_clips(folder)
         for mode, question in meta.get("prompts", {}).items():
             if MODES.get(mode, question) != question:
                 print(f"note: {folder} was trained to answer {question!r} ({mode}); it is now asked {MODES[mode]!r}",
@@ -853,7 +861,8 @@ class DriveVLM(nn.Module):
             (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         self.tokenizer.save_pretrained(temporary)
         meta = self._meta(stage)
-        (temporary / "drivevlm.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for name, content in (("clips.json", self.clips), ("drivevlm.json", meta)):
+            (temporary / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)

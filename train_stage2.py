@@ -27,12 +27,13 @@ from training.run_folder import RunFolder
 def main(argv=None):
     config = load_config(Stage2Config, argv, default_config="configs/stage2.yaml", description=__doc__)
     train_entries, held_out = loop.load_inputs(config, stage=2, modes=MODES)
-    with RunFolder(config.output_dir) as run:
+    with RunFolder(config.output_dir) as run, loop.StopSignals() as signals:
         checkpoint = run.find_resume(config)
+        loop.check_resume(config, checkpoint, train_entries, held_out)
         if run.finished:
             run.print(f"{run.model_folder} already exists: stage 2 is complete")
         else:
-            train(config, train_entries, held_out, run, checkpoint)
+            train(config, train_entries, held_out, run, checkpoint, signals)
 
 
 def build_model(config, checkpoint, device):
@@ -48,7 +49,7 @@ def build_model(config, checkpoint, device):
         fail([str(error)])
 
 
-def train(config, train_entries, held_out, run, checkpoint):
+def train(config, train_entries, held_out, run, checkpoint, signals):
     # ---- set-up
     total_steps = loop.count_steps(config, len(train_entries))
     accelerator = loop.start_accelerator()
@@ -60,6 +61,7 @@ def train(config, train_entries, held_out, run, checkpoint):
     model = build_model(config, checkpoint, accelerator.device)
     model.set_trainable("lora", "projector")
     model.activation_checkpointing(config.activation_checkpointing)
+    loop.record_clips(config, model, train_entries, held_out)
     run.print(model.trainable_table())
 
     # ---- data and optimizer
@@ -92,8 +94,11 @@ def train(config, train_entries, held_out, run, checkpoint):
             run.draw_curves(loop.PANELS)
         if held_out and run.main and (last or step % config.sample_every == 0):
             loop.show_answers(config, run, model, step, held_out, loop.frames_reader(config, model))
-        if step > first_step and (last or step % config.save_every == 0):
+        stopping = signals.requested(accelerator)
+        if step > first_step and (last or stopping or step % config.save_every == 0):
             loop.save_checkpoint(config, run, accelerator, model, optimizer, step, 2, failed_clips)
+        if stopping and not last:
+            signals.end_run(step)
 
     # ---- the result
     run.draw_curves(loop.PANELS)
@@ -116,14 +121,14 @@ def train_step(config, accelerator, model, optimizer, batches, step, failed_clip
     loss = 0.0
     for batch in micro_batches:
         share = model(**batch, num_items_in_batch=num_labels)["loss"]
-        loop.require_finite(share.item(), "loss", step, batch["ids"])
+        loop.require_finite(share.item(), f"loss of step {step}", batch["ids"])
         share.backward()
         loss += share.item()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loop.require_gradients(model)
     loss = loop.sum_gradients(accelerator, trained, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-    loop.require_finite(grad_norm, "gradient norm", step, ids)
+    loop.require_finite(grad_norm, f"gradient norm of step {step}", ids)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - start

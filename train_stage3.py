@@ -33,7 +33,6 @@ from stage3.grpo import SUMS, check_shared_prefix, load_reference, policy_logps,
 from stage3.report import write_report
 from stage3.rollout import (
     RolloutSampler,
-    VisualTokens,
     answer_limits,
     compute_advantages,
     curve_panels,
@@ -53,15 +52,16 @@ def main(argv=None):
     reward, problem = load_reward(config) if not unknown else (None, None)
     problems += frames_problems(config.detector, "detector", config.num_frames) + ([problem] if problem else [])
     train_entries, held_out = loop.load_inputs(config, stage=3, modes=config.modes, problems=problems)
-    with RunFolder(config.output_dir) as run:
+    with RunFolder(config.output_dir) as run, loop.StopSignals() as signals:
         checkpoint = run.find_resume(config)
+        loop.check_resume(config, checkpoint, train_entries, held_out)
         if run.finished:
             run.print(f"{run.model_folder} already exists: stage 3 is complete")
         else:
-            train(config, reward, train_entries, held_out, run, checkpoint)
+            train(config, reward, train_entries, held_out, run, checkpoint, signals)
 
 
-def train(config, reward, train_entries, held_out, run, checkpoint):
+def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     # ---- set-up; the detector may run for hours on another rank, hence the timeout
     accelerator = loop.start_accelerator(timeout_hours=12)
     run.start(config, checkpoint)
@@ -69,26 +69,23 @@ def train(config, reward, train_entries, held_out, run, checkpoint):
     # ---- data: prompts of the training split whose clips have evidence
     held_out = sorted(held_out, key=lambda entry: entry.mode)  # batches of similar lengths
     evidence = get_evidence(config, [*train_entries, *held_out], run, accelerator)
-    prompts = [entry for entry in train_entries if evidence[entry.video] and entry.mode in config.modes]
+    prompts = find_prompts(config, train_entries, evidence)
     run.print(f"stage 3 in {run.folder} on {accelerator.device} | {len(prompts)} prompts, {len(held_out)} held out")
-    if missing := set(config.modes) - {entry.mode for entry in prompts}:
-        fail([f"no clip of the training split has evidence and a prompt of mode {' or '.join(sorted(missing))}"])
 
     # ---- model and optimizer
     model, reference_hash = build_model(config, checkpoint, accelerator.device)
     model.set_trainable("lora")
+    loop.record_clips(config, model, train_entries, held_out)
     model.activation_checkpointing(config.activation_checkpointing)
     run.print(model.trainable_table())
     failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*prompts, *held_out]}))
     optimizer = loop.make_optimizer(model, {"lora": config.learning_rate})
     first_step, state = loop.restore(checkpoint, optimizer, failed_clips, accelerator.device)
-    visual_tokens = VisualTokens(model, run.folder / "visual_tokens", config.video_root, config.frame_cache)
-    sampler = RolloutSampler(config, accelerator, model, visual_tokens, evidence, reward, failed_clips)
+    sampler = RolloutSampler(config, accelerator, model, run.folder, evidence, reward, failed_clips)
     total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
     run.print(f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers")
-    save = functools.partial(
-        loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3, failed_clips=failed_clips,
-        init_from=str(config.init_from), reference_sha256=reference_hash)
+    save = functools.partial(loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3,
+                             failed_clips=failed_clips, init_from=config.init_from, reference_sha256=reference_hash)
 
     # ---- the loop: step 0 only evaluates, which gives the baseline before training
     dead_steps, began = state.get("dead_steps", 0), time.perf_counter()
@@ -109,18 +106,20 @@ def train(config, reward, train_entries, held_out, run, checkpoint):
         if held_out and (last or step % config.eval_every == 0):
             loop.log_losses(run, step, sampler.evaluate(held_out))
         if held_out and run.main and (last or step % config.sample_every == 0):
-            loop.show_answers(config, run, model, step, held_out, visual_tokens)
-        if step > first_step and (last or step % config.save_every == 0):
+            loop.show_answers(config, run, model, step, held_out, sampler.visual_tokens)
+        stopping = signals.requested(accelerator)
+        if step > first_step and (last or stopping or step % config.save_every == 0):
             save(step, dead_steps=dead_steps)
             run.draw_curves(curve_panels(config))
+        if stopping and not last:
+            signals.end_run(step)
 
     # ---- the result
     if run.main:
         model.save_checkpoint(run.model_folder, stage=3)
         run.print(f"report: {write_report(run.folder, config)}")
     accelerator.end_training()
-    run.print(f"done: {run.model_folder} | next: python evaluate.py --checkpoint stage2={config.init_from} "
-              f"stage3={run.folder}")
+    run.print(f"done: {run.model_folder} | next: evaluate.py --checkpoint s2={config.init_from} s3={run.folder}")
 
 
 def get_evidence(config, entries, run, accelerator):
@@ -141,6 +140,14 @@ def get_evidence(config, entries, run, accelerator):
     without = sum(value is None for value in evidence.values())
     run.print(f"evidence: {without} of {len(evidence)} clips have none and are not used")
     return evidence
+
+
+def find_prompts(config, train_entries, evidence):
+    """The entries of `modes` whose clips have evidence; ConfigError if a mode has none."""
+    prompts = [entry for entry in train_entries if evidence[entry.video] and entry.mode in config.modes]
+    if missing := set(config.modes) - {entry.mode for entry in prompts}:
+        fail([f"no clip of the training split has evidence and a prompt of mode {' or '.join(sorted(missing))}"])
+    return prompts
 
 
 def build_model(config, checkpoint, device):

@@ -44,8 +44,8 @@ from stage3.grpo import (
     sees,
 )
 from stage3.grpo_reward_func import label_mentions
-from training.common import replacing, stable_seed
-from training.loop import clock, mean_losses, sum_over_ranks
+from training.common import TrainingError, replacing, stable_seed
+from training.loop import clock, mean_losses, require_finite, sum_over_ranks
 
 
 @dataclass
@@ -273,12 +273,14 @@ def answer_limits(config):
 class RolloutSampler:
     """Samples and scores answers: `roll_out` for a training step, `evaluate` greedily for the held-out clips.
 
-    evidence: {video: Evidence, or None where detection failed}; reward: a function as `load_reward` gives.
+    folder: run folder, where visual tokens are kept; evidence: {video: Evidence, or None where detection failed};
+    reward: a function as `load_reward` gives.
     """
 
-    def __init__(self, config, accelerator, model, visual_tokens, evidence, reward, failed_clips):
+    def __init__(self, config, accelerator, model, folder, evidence, reward, failed_clips):
         self.config, self.accelerator, self.model = config, accelerator, model
-        self.visual_tokens, self.evidence, self.reward = visual_tokens, evidence, reward
+        self.visual_tokens = VisualTokens(model, folder / "visual_tokens", config.video_root, config.frame_cache)
+        self.evidence, self.reward = evidence, reward
         self.failed_clips, self.limits = failed_clips, answer_limits(config)
         self.prompts_per_rank = config.per_device_batch_size * config.gradient_accumulation_steps
         self.prompts_per_step = self.prompts_per_rank * accelerator.num_processes
@@ -325,11 +327,16 @@ class RolloutSampler:
         return visual, errors
 
     def score(self, entry, completion) -> dict:
-        """The answer's line of rollouts.jsonl, except its place in the step."""
+        """The answer's line of rollouts.jsonl, except its place in the step. A reward that fails ends the run."""
         evidence = self.evidence[entry.video]
-        parts = dataclasses.asdict(self.reward(completion.text, evidence, entry.mode, entry.captions[0]))
+        try:
+            parts = dataclasses.asdict(self.reward(completion.text, evidence, entry.mode, entry.captions[0]))
+        except Exception as error:  # whatever a user's function raises: it must not become a reward of 0
+            raise TrainingError(f"reward {self.config.reward} failed on {entry.id}, {completion.text[:200]!r}: "
+                                f"{type(error).__name__}: {error}") from error
         parts = {name: parts[name] for name in self.config.reward_weights}
         total = sum(weight * parts[name] for name, weight in self.config.reward_weights.items())
+        require_finite(total, "reward", [entry.id])
         mentions = [[mention.object, verdict, mention.start, mention.end]
                     for mention, verdict in label_mentions(completion.text, evidence)]
         return {"id": entry.id, "video": entry.video, "mode": entry.mode, "text": completion.text,

@@ -620,7 +620,7 @@ def test_the_folder_holds_what_trains_and_nothing_else(tiny, tmp_path):
     model = with_adapter(tiny)
     model.save_checkpoint(tmp_path / "model")
     names = {path.relative_to(tmp_path / "model").as_posix() for path in (tmp_path / "model").rglob("*.*")}
-    assert names == {"drivevlm.json", "projector.safetensors", "adapter/adapter_config.json",
+    assert names == {"clips.json", "drivevlm.json", "projector.safetensors", "adapter/adapter_config.json",
                      "adapter/adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
                      "chat_template.jinja"}
     projector = load_file(tmp_path / "model" / "projector.safetensors")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import signal
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -28,12 +29,13 @@ from dataset import (
     VideoError,
     VideoInstructDataset,
     cached_frames,
+    clip_key,
     collate,
     load_split,
     resolve_video,
 )
-from model import ModelError, base_model_problem, read_checkpoint
-from training.common import TrainingError, fail, process_rank, stable_seed
+from model import ModelError, base_model_problem, read_checkpoint, read_clips
+from training.common import StopRun, TrainingError, fail, process_rank, stable_seed
 from training.run_folder import checkpoint_step
 
 PANELS = {  # curves.png of stages 1 and 2
@@ -69,6 +71,8 @@ def load_inputs(config, stage: int, modes=(), problems=()):
         try:
             train_entries, held_out = load_split(config)
             problems += _entry_problems(config, train_entries, held_out, modes)
+            if config.init_from and Path(config.init_from).is_dir():
+                problems += leak_problems(config, held_out, config.init_from)
         except DataError as error:
             problems.append(f"data: {error}")
     problems += missing
@@ -111,6 +115,39 @@ def _entry_problems(config, train_entries, held_out, modes):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         found.append(f"video_root: {len(missing)} of {len(paths)} clips are missing: {names}")
     return found
+
+
+def clip_keys(config, entries) -> list[str]:
+    """What identifies the entries' clips in clips.json."""
+    return sorted({clip_key(entry.video, config.video_root) for entry in entries})
+
+
+def leak_problems(config, held_out, folder) -> list[str]:
+    """One line if clips held out here were trained on by the checkpoint in `folder`, or by a stage before it."""
+    leaked = sorted(set(read_clips(folder)["trained"]) & set(clip_keys(config, held_out)))
+    names = ", ".join(leaked[:5]) + (", ..." if len(leaked) > 5 else "")
+    return [f"data: {len(leaked)} clips that would be held out here were trained on by {folder}: {names} "
+            "(another data file, split_seed or num_val_videos than then?)"] if leaked else []
+
+
+def record_clips(config, model, train_entries, held_out):
+    """Note in `model` which clips it is trained on, in this stage and those before, and which are held out."""
+    trained = sorted({*model.clips["trained"], *clip_keys(config, train_entries)})
+    model.clips = {"trained": trained, "held_out": clip_keys(config, held_out)}
+
+
+def check_resume(config, checkpoint, train_entries, held_out):
+    """ConfigError where a resumed run would hold out what it has trained on, or where `auto` finds other clips."""
+    if checkpoint is None:
+        return
+    problems, before = leak_problems(config, held_out, checkpoint / "model"), read_clips(checkpoint / "model")
+    new = sorted(set(clip_keys(config, train_entries)) - set(before["trained"]))
+    same = before["held_out"] == clip_keys(config, held_out) and not new
+    if config.resume == "auto" and before["trained"] and not same:
+        problems.append(f"data: not the clips of {checkpoint} (new to train on: {', '.join(new[:5]) or 'none'}); "
+                        "--resume auto continues on the same data only")
+    if problems:
+        fail(problems)
 
 
 def count_steps(config, num_entries: int) -> int:
@@ -199,7 +236,7 @@ def make_loader(config, model, dataset, batches) -> DataLoader:
     """Batches of `dataset`; `batches`: lists of its keys."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=config.num_workers,
                       collate_fn=functools.partial(collate, pad_token_id=model.pad_token_id),
-                      pin_memory=model.device.type == "cuda")
+                      pin_memory=model.device.type == "cuda", worker_init_fn=start_worker)
 
 
 def make_optimizer(model, learning_rates: dict[str, float], weight_decay: float = 0.0) -> torch.optim.AdamW:
@@ -247,10 +284,10 @@ def sum_gradients(accelerator, parameters, loss: float) -> float:
     return flat[-1].item()
 
 
-def require_finite(value: float, what: str, step: int, ids):
-    """TrainingError that names the clips of the step, unless `value` is finite."""
+def require_finite(value: float, what: str, ids):
+    """TrainingError that names the entries, unless `value` is finite."""
     if not math.isfinite(value):
-        raise TrainingError(f"the {what} is {value} in step {step}, on {', '.join(ids)}")
+        raise TrainingError(f"the {what} is {value}, on {', '.join(ids)}")
 
 
 def require_gradients(model):
@@ -292,6 +329,52 @@ def count_tokens(accelerator, batches, failed_clips) -> tuple[float, float]:
     if num_errors:
         failed_clips.add(accelerator, errors)
     return max(labels, 1.0), tokens
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C let the current step finish and be saved; a second one exits at once. A context manager."""
+
+    def __init__(self):
+        self.number = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        if process_rank()[0] == 0:
+            name = signal.Signals(number).name
+            print(f"\n{name}: finishing this step, then saving; once more exits at once", flush=True)
+
+    def requested(self, accelerator) -> bool:
+        """True on all ranks if one of them got a signal. Every process calls this together, once per step."""
+        return sum_over_ranks(accelerator, [self.number is not None])[0] > 0
+
+    def end_run(self, step):
+        """Leave with the exit code of the signal: 143 for SIGTERM, 130 for Ctrl-C."""
+        number = self.number or signal.SIGTERM  # another rank got it
+        raise Interrupted(f"{signal.Signals(number).name}, after step {step}", 128 + number)
+
+
+class Interrupted(StopRun):
+    """A run that stopped on a signal, after saving."""
+
+    def __init__(self, text, exit_code):
+        self.exit_code = exit_code
+        super().__init__(text)
+
+
+def start_worker(_):
+    """Data loader workers leave signals to the training process, which ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
