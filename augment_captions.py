@@ -154,7 +154,7 @@ class Teacher:
 
     def __init__(self, config, tokenizer):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        dtype = getattr(torch, config.dtype)
+        dtype = getattr(torch, model.resolve_dtype(config.dtype))
         self.config, self.tokenizer = config, tokenizer
         self.model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype).to(device).eval()
         self.end_ids = self._find_end_ids()

@@ -33,9 +33,9 @@ import torch
 from tqdm import tqdm
 
 from dataset import MODE_TABLE, DataError, VideoError, cached_frames, load_split, resolve_video, sample_clip
-from model import DriveVLM, ModelError, read_checkpoint
+from model import DriveVLM, ModelError, is_other_base, read_checkpoint, resolve_dtype
 from pages.render import film_strip, highlight, render
-from stage3.detect_objects import detect_clips, load_evidence, weights_problems
+from stage3.detect_objects import evidence_problems, get_evidence
 from stage3.mentions import find_mentions
 from stage3.vocabulary_config import COCO_NAMES
 from training.loop import leak_problems
@@ -81,10 +81,8 @@ def exact_truth(path: str, videos: list[str], problems: list[str]) -> dict[str, 
 
 def judged_truth(config: EvaluateConfig, entries) -> dict[str, Truth]:
     """The judge's evidence on the entries' clips (those that it could look at); detects what is not cached."""
-    videos = sorted({entry.video for entry in entries})
-    detect_clips(videos, config.video_root, config.judge, config.evidence_cache)
     truth = {}
-    for video, evidence in load_evidence(config.evidence_cache, entries, config.judge).items():
+    for video, evidence in get_evidence(entries, config.video_root, config.judge, config.evidence_cache).items():
         if evidence is not None:
             truth[video] = Truth(frozenset(evidence.present), frozenset(evidence.salient), frozenset(evidence.unknown))
     return truth
@@ -432,15 +430,15 @@ def open_inputs(config: EvaluateConfig):
     if not absent & {"data", "val_data"}:
         try:
             train, held_out = load_split(config)
-            found = {entry.mode for entry in held_out}
-            problems += [f"data: no {mode} entry among the held-out clips of {config.val_data or config.data} "
-                         f"(num_val_videos is {config.num_val_videos})" for mode in MODE_TABLE if mode not in found]
+            if not held_out:
+                problems.append(f"data: no held-out clips in {config.val_data or config.data} (num_val_videos is "
+                                f"{config.num_val_videos})")
         except DataError as error:
             problems.append(f"data: {error}")
     for folder in folders.values():
         problems += leak_problems(config, held_out, folder)
     if not config.truth:
-        problems += weights_problems(config.judge, "judge")
+        problems += evidence_problems(held_out, config.judge, config.evidence_cache, "judge")
     elif "truth" not in absent:
         truth = exact_truth(config.truth, sorted({entry.video for entry in held_out}), problems)
     if problems:
@@ -460,9 +458,14 @@ def open_checkpoints(config: EvaluateConfig, problems: list[str]) -> dict[str, P
         else:
             names.append(name)
             try:
-                folders[name] = read_checkpoint(folder)[0]
+                folders[name], meta = read_checkpoint(folder)
             except ModelError as error:
                 problems.append(f"checkpoint: {name}: {error}")
+                continue
+            for key in ("vision_model", "language_model"):
+                given, recorded = getattr(config, key), meta[key]["name"]
+                if given and is_other_base(recorded, given):
+                    problems.append(f"{key}: {given}, but {folder} was trained with {recorded}")
     if not config.checkpoint:
         problems.append("checkpoint: none given; use --checkpoint NAME=FOLDER [NAME=FOLDER ...]")
     if config.control and config.control not in names:
@@ -487,8 +490,10 @@ def read_clips(videos: list[str], video_root: str) -> tuple[dict[str, list], dic
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
     folders, train, held_out, known_truth = open_inputs(config)
-    limits = {mode: config.eval_max_new_tokens.get(mode, row.max_new_tokens) for mode, row in MODE_TABLE.items()}
-    ranges = {mode: list(config.word_range.get(mode, row.word_range)) for mode, row in MODE_TABLE.items()}
+    asked = {entry.mode for entry in held_out}
+    modes = {name: mode for name, mode in MODE_TABLE.items() if name in asked}
+    limits = {name: config.eval_max_new_tokens.get(name, mode.max_new_tokens) for name, mode in modes.items()}
+    ranges = {name: list(config.word_range.get(name, mode.word_range)) for name, mode in modes.items()}
     strips, left_out = read_clips(sorted({entry.video for entry in held_out}), config.video_root)
     entries = [entry for entry in held_out if entry.video in strips]
     truth = judged_truth(config, entries) if known_truth is None else {video: known_truth[video] for video in strips}
@@ -526,7 +531,9 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    evaluate(load_config(EvaluateConfig, argv, default_config="configs/stage3.yaml", description=__doc__))
+    config = load_config(EvaluateConfig, argv, default_config="configs/stage3.yaml", description=__doc__)
+    config.dtype = resolve_dtype(config.dtype)
+    evaluate(config)
     return 0
 
 

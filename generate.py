@@ -18,7 +18,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 import torch
 
 from dataset import MODE_TABLE, read_frames
-from model import DriveVLM, ModelError, read_checkpoint
+from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         fail(problems)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DriveVLM.from_checkpoint(config.checkpoint, device=device, vision_model=config.vision_model,
-                                     language_model=config.language_model)
+    model = DriveVLM.from_checkpoint(config.checkpoint, dtype=resolve_dtype(config.dtype), device=device,
+                                     vision_model=config.vision_model, language_model=config.language_model)
     question = config.question or MODE_TABLE[config.mode].question
     limit = config.max_new_tokens or MODE_TABLE[config.mode].max_new_tokens
     begin = time.perf_counter()

@@ -18,13 +18,14 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import torch
 
-from model import DriveVLM, ModelError
+from model import DriveVLM, ModelError, resolve_dtype
 from training import loop
 from training.run_folder import RunFolder
 
 
 def main(argv=None):
     config = load_config(Stage1Config, argv, default_config="configs/stage1.yaml", description=__doc__)
+    config.dtype = resolve_dtype(config.dtype)
     train_entries, held_out = loop.load_inputs(config, stage=1)
     with RunFolder(config.output_dir) as run, loop.StopSignals() as signals:
         checkpoint = run.find_resume(config)

@@ -18,15 +18,15 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import torch
 
-from dataset import MODES
-from model import DriveVLM, ModelError
+from model import DriveVLM, ModelError, resolve_dtype
 from training import loop
 from training.run_folder import RunFolder
 
 
 def main(argv=None):
     config = load_config(Stage2Config, argv, default_config="configs/stage2.yaml", description=__doc__)
-    train_entries, held_out = loop.load_inputs(config, stage=2, modes=MODES)
+    config.dtype = resolve_dtype(config.dtype)
+    train_entries, held_out = loop.load_inputs(config, stage=2, min_modes=2)
     with RunFolder(config.output_dir) as run, loop.StopSignals() as signals:
         checkpoint = run.find_resume(config)
         loop.check_resume(config, checkpoint, train_entries, held_out)

@@ -14,10 +14,9 @@ every number that is logged. Continue an interrupted run with --resume auto.
 import functools
 import json
 import math
-import sys
 import time
 
-from training.common import TrainingError, fail, load_config, run_main
+from training.common import TrainingError, fail, load_config, print0, run_main
 from training.config import Stage3Config
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -27,8 +26,8 @@ import torch
 from accelerate.utils import gather_object
 
 from dataset import MODES
-from model import DriveVLM, ModelError
-from stage3.detect_objects import DetectionError, detect_clips, frames_problems, load_evidence, weights_problems
+from model import DriveVLM, ModelError, resolve_dtype
+from stage3.detect_objects import evidence_problems, frames_problems, get_evidence
 from stage3.grpo import SUMS, check_shared_prefix, load_reference, policy_logps, reference_policy, training_pass
 from stage3.report import write_report
 from stage3.rollout import (
@@ -47,11 +46,14 @@ from training.run_folder import RunFolder
 
 def main(argv=None):
     config = load_config(Stage3Config, argv, default_config="configs/stage3.yaml", description=__doc__)
+    config.dtype = resolve_dtype(config.dtype)
     unknown = sorted(set(config.modes) - set(MODES))
     problems = [f"modes must be of {', '.join(MODES)}, got {', '.join(config.modes)}"] if unknown else []
     reward, problem = load_reward(config) if not unknown else (None, None)
     problems += frames_problems(config.detector, "detector", config.num_frames) + ([problem] if problem else [])
     train_entries, held_out = loop.load_inputs(config, stage=3, modes=config.modes, problems=problems)
+    if problems := evidence_problems([*train_entries, *held_out], config.detector, config.evidence_cache, "detector"):
+        fail(problems)
     with RunFolder(config.output_dir) as run, loop.StopSignals() as signals:
         checkpoint = run.find_resume(config)
         loop.check_resume(config, checkpoint, train_entries, held_out)
@@ -68,7 +70,8 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
 
     # ---- data: prompts of the training split whose clips have evidence
     held_out = sorted(held_out, key=lambda entry: entry.mode)  # batches of similar lengths
-    evidence = get_evidence(config, [*train_entries, *held_out], run, accelerator)
+    evidence = get_evidence([*train_entries, *held_out], config.video_root, config.detector, config.evidence_cache,
+                            barrier=accelerator.wait_for_everyone, log=run.print)
     prompts = find_prompts(config, train_entries, evidence)
     run.print(f"stage 3 in {run.folder} on {accelerator.device} | {len(prompts)} prompts, {len(held_out)} held out")
 
@@ -122,31 +125,13 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     run.print(f"done: {run.model_folder} | next: evaluate.py --checkpoint s2={config.init_from} s3={run.folder}")
 
 
-def get_evidence(config, entries, run, accelerator):
-    """{video: Evidence, or None where detection failed} of all clips, running the detector on clips that are new."""
-    try:
-        evidence = load_evidence(config.evidence_cache, entries, config.detector)
-    except DetectionError as error:
-        run.print(f"evidence: {error}\nevidence: running {config.detector.weights} first")
-        if problems := weights_problems(config.detector, "detector"):
-            fail(problems)
-        videos = sorted({entry.video for entry in entries})
-        failed = detect_clips(videos, config.video_root, config.detector, config.evidence_cache,
-                              rank=accelerator.process_index, world_size=accelerator.num_processes)
-        for video, reason in failed.items():
-            print(f"no evidence: {video}: {reason}", file=sys.stderr)
-        accelerator.wait_for_everyone()
-        evidence = load_evidence(config.evidence_cache, entries, config.detector)
-    without = sum(value is None for value in evidence.values())
-    run.print(f"evidence: {without} of {len(evidence)} clips have none and are not used")
-    return evidence
-
-
 def find_prompts(config, train_entries, evidence):
     """The entries of `modes` whose clips have evidence; ConfigError if a mode has none."""
     prompts = [entry for entry in train_entries if evidence[entry.video] and entry.mode in config.modes]
     if missing := set(config.modes) - {entry.mode for entry in prompts}:
         fail([f"no clip of the training split has evidence and a prompt of mode {' or '.join(sorted(missing))}"])
+    without = sum(value is None for value in evidence.values())
+    print0(f"evidence: {without} of {len(evidence)} clips have none and are not used")
     return prompts
 
 

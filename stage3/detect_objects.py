@@ -160,6 +160,11 @@ class Detector:
         return network
 
 
+def make_detector(settings: DetectorSettings):
+    """The detector of these settings; the one place to choose another class, for example by the name of the weights."""
+    return Detector(settings)
+
+
 # ---- the cache: one folder per fingerprint, one JSON file per clip ---------------------------------------------------
 
 
@@ -226,7 +231,7 @@ def detect_clips(videos: list[str], video_root: Path | str, settings: DetectorSe
     videos: as in the data file, repeats allowed. detector: any object with the two methods of `Detector`, which is the
     default. A clip's record is written as soon as it is finished, so a killed run continues where it stopped.
     """
-    detector = detector or Detector(settings)
+    detector = detector or make_detector(settings)
     versions = dict(detector.fingerprint())
     made_by = {key: versions.pop(key) for key in FINGERPRINT_KEYS}
     folder = _open_cache(cache_dir, made_by, versions)
@@ -303,6 +308,29 @@ def load_evidence(cache_dir: Path | str, entries: list, settings: DetectorSettin
     about the clip, not that nothing is in it."""
     records = load_records(cache_dir, sorted({entry.video for entry in entries}), settings)
     return {video: clip_evidence(record, settings) for video, record in records.items()}
+
+
+def evidence_problems(entries, settings: DetectorSettings, cache_dir: Path | str, name: str) -> list[str]:
+    """[] if the entries' clips have evidence already, or the weights that detecting needs can be had."""
+    try:
+        load_evidence(cache_dir, entries, settings)
+        return []
+    except DetectionError:
+        return weights_problems(settings, name)
+
+
+def get_evidence(entries, video_root: Path | str, settings: DetectorSettings, cache_dir: Path | str,
+                 barrier=lambda: None, log=print) -> dict[str, Evidence | None]:
+    """`load_evidence`, after running the detector on clips that are new. All ranks call this together."""
+    try:
+        return load_evidence(cache_dir, entries, settings)
+    except DetectionError as error:
+        log(f"evidence: {error}\nevidence: running {settings.weights} first")
+    videos = sorted({entry.video for entry in entries})
+    for video, reason in detect_clips(videos, video_root, settings, cache_dir, *process_rank()).items():
+        print(f"no evidence: {video}: {reason}", file=sys.stderr)
+    barrier()
+    return load_evidence(cache_dir, entries, settings)
 
 
 def frequency_table(records: dict[str, dict], settings: DetectorSettings) -> str:

@@ -259,9 +259,10 @@ def load_reward(config):
         parts = dataclasses.asdict(function("A car ahead.", Evidence({"car"}), config.modes[0], "A car ahead."))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         return None, f"reward: {config.reward} does not work as module:function: {type(error).__name__}: {error}"
-    unknown = sorted(set(config.reward_weights) - set(parts))
-    if unknown:
-        return None, f"reward_weights: {config.reward} has no part {', '.join(unknown)}; its parts: {', '.join(parts)}"
+    parts.pop("total", None)  # ours also returns its own weighted sum
+    if set(config.reward_weights) != set(parts):
+        return None, (f"reward_weights: has {', '.join(config.reward_weights)}, but the parts of {config.reward} are "
+                      f"{', '.join(parts)} (a weight of 0 leaves a part out)")
     return function, None
 
 

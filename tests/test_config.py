@@ -92,11 +92,11 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
     text = "\n".join(found)
     assert "unknown key learnin_rate (did you mean 'learning_rate'?)" in text
     assert "epochs: Value 'many' of type 'str' could not be converted to Integer" in text
-    assert "dtype: Invalid value 'float16', expected one of ['bfloat16', 'float32']" in text
+    assert "dtype: Invalid value 'float16', expected one of ['auto', 'bfloat16', 'float32']" in text
     assert "unknown flag --num_frame (did you mean 'num_frames'?)" in text
     assert "unknown flag --detector.wieghts (did you mean 'detector.weights'?)" in text
     assert "--seed: invalid literal for int() with base 10: '1.5'" in text
-    assert "invalid choice 'x' for argument '--dtype'. Expected one of ('bfloat16', 'float32')." in text
+    assert "invalid choice 'x' for argument '--dtype'. Expected one of ('auto', 'bfloat16', 'float32')." in text
     assert "'stray' belongs to no flag" in text
 
 

@@ -226,13 +226,13 @@ def test_an_unreadable_clip_is_left_out_for_all_systems(config, tiny, tmp_path, 
 def test_without_exact_truth_the_judge_is_used(config, monkeypatch):
     asked = []
 
-    def load_evidence(cache, entries, settings):
+    def get_evidence(entries, *rest):
         failed, *others = sorted({entry.video for entry in entries})
+        asked.extend([failed, *others])
         seen = Evidence(frozenset({"car", "bus"}), frozenset({"dog"}), frozenset({"car"}))
         return {failed: None, **dict.fromkeys(others, seen)}
 
-    monkeypatch.setattr(evaluation, "detect_clips", lambda videos, *rest: asked.extend(videos) or {})
-    monkeypatch.setattr(evaluation, "load_evidence", load_evidence)
+    monkeypatch.setattr(evaluation, "get_evidence", get_evidence)
     config.truth, config.checkpoint = "", config.checkpoint[:1]
     metrics = evaluate(config)
     assert len(asked) == 3 and metrics["clips"] == 2 and len(metrics["left_out"]) == 1
@@ -262,7 +262,7 @@ def test_all_problems_are_in_one_message(config, tmp_path, folders, capsys):
     empty.judge.weights = "no.pt"
     with pytest.raises(ConfigError) as error:
         evaluate(empty)
-    for part in ("none given", "judge.weights", *(f"no {mode} entry among the held-out clips" for mode in MODES)):
+    for part in ("none given", "judge.weights", "no held-out clips in"):
         assert part in error.value.text
 
     values = EvaluateConfig(word_range={"copilot": [60, 10]}, temperature=0.0, eval_max_new_tokens={"copilot": 0})
@@ -290,13 +290,16 @@ def test_moved_base_models_are_passed_to_the_checkpoint(config, folders, tiny, t
         raise KeyboardInterrupt
 
     monkeypatch.setattr(DriveVLM, "from_checkpoint", refuse)
-    config.vision_model, config.language_model = "tower", "language"
+    config.vision_model, config.language_model = str(tmp_path / "vision"), str(tmp_path / "llm")
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
     with pytest.raises(KeyboardInterrupt):
         generate.main(["--checkpoint", str(folders / "stage2"), "--video", str(tiny.videos / "car.mp4"),
-                       "--vision_model", "tower", "--language-model", "language"])
-    assert received == [("tower", "language")] * 2
+                       "--vision_model", str(tmp_path / "vision"), "--language-model", str(tmp_path / "llm")])
+    assert received == [(str(tmp_path / "vision"), str(tmp_path / "llm"))] * 2
+    config.vision_model = "org/another"
+    with pytest.raises(ConfigError, match="vision_model: org/another, but .* was trained with"):
+        evaluate(config)
 
 
 @pytest.mark.parametrize("program", ["evaluate.py", "generate.py"])

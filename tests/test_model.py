@@ -36,10 +36,14 @@ from model import (
     adapter_hash,
     check_head,
     check_pooling,
+    choose_dtype,
+    is_other_base,
+    resolve_dtype,
     token_logps,
     tokens_per_frame,
 )
 from training.common import git_commit
+from training.loop import make_optimizer
 
 T = 2  # frames
 QUESTIONS = ["Describe the video in detail.", "Red car?", "Summarize the driving scene concisely. Then wait."]
@@ -145,6 +149,44 @@ def test_pooling_can_be_set_and_is_kept_in_the_checkpoint(tiny, tmp_path):
     with pytest.raises(ModelError, match="valid pooling here: 1, 2, 3, 4, 6, 12"):
         build(tiny, pooling=5)
     assert tokens_per_frame("nobody/nothing", 3) is None
+
+
+@pytest.mark.parametrize("cuda, flags, aten, expected", [
+    (True, set(), None, "bfloat16"), (False, {"avx2"}, None, "float32"), (False, {"avx512f"}, None, "float32"),
+    (False, {"avx2", "avx512_bf16"}, None, "bfloat16"), (False, {"amx_bf16"}, "", "bfloat16"),
+    (False, {"bf16"}, None, "bfloat16"), (False, {"avx2", "avx512_bf16"}, "avx2", "float32"),
+    (True, set(), "avx2", "bfloat16"),
+])
+def test_auto_means_bfloat16_where_it_is_native(cuda, flags, aten, expected):
+    dtype, reason = choose_dtype(cuda, flags, aten)
+    assert dtype == expected and reason
+
+
+def test_auto_is_resolved_and_said(capsys):
+    assert resolve_dtype("float32") == "float32" and capsys.readouterr().err == ""
+    assert resolve_dtype("auto") in ("bfloat16", "float32") and "(auto: " in capsys.readouterr().err
+
+
+def test_weights_that_a_checkpoint_does_not_hold_are_not_lost_silently(tiny, tmp_path):
+    model = build(tiny)
+    model.set_trainable("projector", "vision")
+    with pytest.raises(ModelError, match="vision were trained, but a checkpoint does not hold them"):
+        model.save_checkpoint(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_learning_rates_must_be_those_of_what_trains(tiny):
+    model = with_adapter(tiny)
+    with pytest.raises(ModelError, match="given for lora, but what trains is lora, projector"):
+        make_optimizer(model, {"lora": 1e-3})
+
+
+def test_another_base_model_is_told_from_one_that_has_moved(tmp_path):
+    (tmp_path / "old" / "tower").mkdir(parents=True)
+    old = str(tmp_path / "old" / "tower")
+    assert is_other_base(old, str(tmp_path / "other")) and is_other_base("org/a", "org/b")
+    assert not is_other_base(old, old) and not is_other_base(old, str(tmp_path / "new" / "tower"))
+    assert not is_other_base(str(tmp_path / "gone"), "anywhere") and not is_other_base("demo/base/x", "/abs/base/x")
 
 
 def test_a_checkpoint_trained_with_other_prompts_prints_a_note(tiny, tmp_path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from dataset import MODES
 from model import DriveVLM, adapter_hash
 from stage3.detect_objects import cache_folder, clip_file, fingerprint
 from stage3.grpo import group_advantages
-from stage3.grpo_reward_func import PARTS, Reward
+from stage3.grpo_reward_func import PARTS, REWARD_WEIGHTS, Reward
 from stage3.rollout import load_reward
 from training.common import ConfigError, TrainingError, write_json
 from training.config import DetectorSettings, Stage3Config
@@ -71,7 +71,8 @@ def stage2(tiny):
         "init_from": str(folder / "stage2"), "output_dir": str(folder / "default"), "max_steps": 4,
         "learning_rate": 0.01, "per_device_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4,
         "max_new_tokens": {"microscope": 14, "copilot": 8}, "sample_tokens": 8, "mask_truncated": False,
-        "reward": "test_stage3:vowels", "reward_weights": {"objects": 1.0, "temporal": 0.5},
+        "reward": "test_stage3:vowels",
+        "reward_weights": {"objects": 1.0, "temporal": 0.5, "detail": 0.0, "hallucination": 0.0},
         "activation_checkpointing": False, "eval_every": 2, "sample_every": 4, "save_every": 2, "max_kl": None,
         "evidence_cache": str(folder / "evidence"), "detector": {"weights": "none.pt", "num_frames": 3},
     }  # JSON is YAML
@@ -171,8 +172,9 @@ def test_rollouts_hold_answers_rewards_and_evidence(finished):
         assert len({(r["step"], r["slot"], r["id"]) for r in group}) == 1 and [r["k"] for r in group] == [0, 1, 2, 3]
         expected = group_advantages(torch.tensor([[r["reward"] for r in group]], dtype=torch.float64), std_floor=0.05)
         assert [r["advantage"] for r in group] == pytest.approx(expected[0].tolist())
-    for row in rows:  # the weighted sum of the parts that reward_weights names, and no other part
-        assert row["reward"] == pytest.approx(1.0 * row["objects"] + 0.5 * row["temporal"]) and "detail" not in row
+    for row in rows:  # the weighted sum, by the run's own weights
+        assert row["reward"] == pytest.approx(1.0 * row["objects"] + 0.5 * row["temporal"])
+        assert row["hallucination"] == 1
     assert rows[0]["evidence"] == {"present": ["car"], "unknown": ["truck"], "salient": ["car"],
                                    "seen": {"car": [0.0, 1.0]}}
     assert {row["mode"] for row in rows} == set(MODES)
@@ -484,9 +486,10 @@ def test_the_wrong_stage_is_refused(stage2, finished, tmp_path, capsys):
     assert "it holds stage 3, but stage 2 is needed here" in capsys.readouterr().err
 
 
-def test_reward_weights_must_name_parts_of_the_reward():
-    config = Stage3Config(reward="test_stage3:vowels", reward_weights={"objects": 1.0, "style": 1.0})
-    assert load_reward(config) == (None, "reward_weights: test_stage3:vowels has no part style; its parts: objects, "
-                                         "temporal, detail, hallucination, total")
+def test_reward_weights_must_name_the_parts_of_the_reward():
+    for weights in ({"objects": 1.0, "style": 1.0}, {"objects": 1.0}):
+        function, problem = load_reward(Stage3Config(reward="test_stage3:vowels", reward_weights=weights))
+        assert function is None and "the parts of test_stage3:vowels are objects, temporal, detail, halluc" in problem
     assert load_reward(Stage3Config(reward="test_stage3:vowels"))[0] is vowels
     assert "at least 0 and not all 0" in Stage3Config(reward_weights={"objects": 0.0}).problems()[0]
+    assert Stage3Config().reward_weights == REWARD_WEIGHTS  # those that physics_aware_reward's own total is made of

@@ -81,7 +81,8 @@ class TrainKeys(BaseModelKeys, DataKeys):
     init_from: str | None = None  # run or checkpoint folder of the stage before
     resume: str = "none"  # none | auto (continue from the last checkpoint) | a checkpoint folder
     seed: int = 42  # decides the order of clips, caption variants, augmentation, new weights, sampled answers
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # frozen weights and autocast; trained weights are float32
+    # frozen weights and autocast (trained weights are float32); auto: bfloat16 on CUDA and on CPUs with native bfloat16
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     frame_cache: str | None = "output/frame_cache"  # folder of decoded frames, shared by all runs; none: no cache
     epochs: int = 1  # passes over the training entries
     max_steps: int | None = None  # optimizer steps; overrides epochs
@@ -277,7 +278,7 @@ class EvaluateConfig(DataKeys):
     evidence_cache: str = "output/evidence"  # folder of the detectors' boxes, one JSON per clip
     vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
     language_model: str | None = None  # where the language model is now, if not where the checkpoint says
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # weights and autocast
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and autocast; auto: as fast as the machine allows
     frame_cache: str | None = "output/frame_cache"  # folder of decoded frames, shared by all runs; none: no cache
     # fewest and most words of an answer in range, per mode; a mode left out: dataset.MODE_TABLE
     word_range: dict[str, list[int]] = field(default_factory=dict)
@@ -307,6 +308,7 @@ class GenerateConfig(Config):
     max_new_tokens: int | None = None  # longest answer, in tokens; none: the mode's limit
     temperature: float = 0.0  # 0: greedy
     seed: int = 42  # of a sampled answer
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and autocast; auto: as fast as the machine allows
     vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
     language_model: str | None = None  # where the language model is now, if not where the checkpoint says
     json: bool = False  # print one JSON object: text, ended, tokens, seconds
@@ -354,7 +356,7 @@ class AugmentConfig(Config):
     output: str = "data/captions.json"  # rows to train on, .json or .jsonl; a folder FILE.augment is made beside it
     language_model: str = "Qwen/Qwen3-4B-Instruct-2507"  # teacher: causal LM with a chat template, folder or name
     default_mode: str | None = "microscope"  # mode of rows whose question is not known
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the teacher's weights
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the teacher's weights; auto: the faster one
     seed: int = 42  # with clip, mode and number of the text, decides what is sampled
     num_rewrites: int = 4  # Microscope texts wanted beside the original
     num_summaries: int = 5  # Copilot texts wanted

@@ -34,7 +34,7 @@ from dataset import (
     load_split,
     resolve_video,
 )
-from model import ModelError, base_model_problem, read_checkpoint, read_clips
+from model import ModelError, base_model_problem, is_other_base, read_checkpoint, read_clips
 from training.common import StopRun, TrainingError, fail, process_rank, stable_seed
 from training.run_folder import checkpoint_step
 
@@ -49,11 +49,11 @@ PANELS = {  # curves.png of stages 1 and 2
 # ---- inputs, checked before anything slow starts ---------------------------------------------------------------------
 
 
-def load_inputs(config, stage: int, modes=(), problems=()):
+def load_inputs(config, stage: int, modes=(), min_modes=1, problems=()):
     """(training, held-out) entries; all that is missing or does not fit comes in one message (ConfigError, exit 2).
 
-    `modes` must all occur in the data. `stage` (1, 2 or 3) decides what `init_from` must hold. `problems` are those
-    that the caller has found itself.
+    `modes` must all occur in the data, and at least `min_modes` modes of any kind. `stage` (1, 2 or 3) decides what
+    `init_from` must hold. `problems` are those that the caller has found itself.
     """
     problems = [*problems]
     problems += [problem for key in ("vision_model", "language_model")
@@ -70,7 +70,7 @@ def load_inputs(config, stage: int, modes=(), problems=()):
     if not missing:
         try:
             train_entries, held_out = load_split(config)
-            problems += _entry_problems(config, train_entries, held_out, modes)
+            problems += _entry_problems(config, train_entries, held_out, modes, min_modes)
             if config.init_from and Path(config.init_from).is_dir():
                 problems += leak_problems(config, held_out, config.init_from)
         except DataError as error:
@@ -96,17 +96,16 @@ def _init_from_problems(config, stage):
     if meta["num_frames"] != config.num_frames:
         found.append(f"num_frames: {config.num_frames}, but {folder} was trained with {meta['num_frames']}")
     for key in ("vision_model", "language_model"):
-        old, new = meta[key]["name"], getattr(config, key)
-        moved = Path(old).is_absolute() and not Path(old).exists()  # then the new name says where it is now
-        if Path(old).resolve() != Path(new).resolve() and not moved:
-            found.append(f"{key}: {new}, but {folder} was trained with {old}")
+        if is_other_base(meta[key]["name"], getattr(config, key)):
+            found.append(f"{key}: {getattr(config, key)}, but {folder} was trained with {meta[key]['name']}")
     return found
 
 
-def _entry_problems(config, train_entries, held_out, modes):
+def _entry_problems(config, train_entries, held_out, modes, min_modes):
     """Modes that are missing, clips that are not there, less than one optimizer step of entries."""
     entries, found = [*train_entries, *held_out], []
-    missing_modes = sorted(set(modes) - {entry.mode for entry in entries})
+    there = {entry.mode for entry in entries}
+    missing_modes = [mode for mode in MODES if mode not in there and (mode in modes or len(there) < min_modes)]
     if missing_modes:
         found.append(f"data: {config.data} has no {' and no '.join(missing_modes)} entries")
     paths = {entry.video: resolve_video(config.video_root, entry.video) for entry in entries}
@@ -245,6 +244,9 @@ def make_optimizer(model, learning_rates: dict[str, float], weight_decay: float 
     This is the one place to choose another optimizer; its groups carry `name`, for `set_learning_rates`.
     """
     groups = {}
+    if set(learning_rates) != set(model.trained_groups):
+        raise ModelError(f"learning rates are given for {', '.join(learning_rates)}, but what trains is "
+                         f"{', '.join(model.trained_groups)}")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = model.parameter_group(name)
