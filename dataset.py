@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from training.common import DriveVLMError, replacing
+from training.common import DriveVLMError, replacing, stable_seed
 
 IGNORE_INDEX = -100
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
@@ -283,18 +283,19 @@ def load_split(config) -> tuple[list[Entry], list[Entry]]:
 def split_by_video(entries: list[Entry], num_val_videos: int = 40, seed: int = 42, video_root=None):
     """(train, val) entries: `num_val_videos` clips, chosen by `seed`, are held out with all their entries.
 
-    A clip is identified by its resolved path where `video_root` is given (a link and its target are one clip), else by
-    its normalized path; both give the same split where there are no links.
+    The held-out clips are those with the lowest hashes of (seed, clip), so a clip's chance does not depend on the other
+    clips: dropping or adding k clips changes at most k of those held out. A clip is identified by its resolved path
+    where `video_root` is given (a link and its target are one clip), else by its normalized path; both give the same
+    split where there are no links.
     """
     clip_of = {entry.video: None for entry in entries}
     for video in clip_of:
         clip_of[video] = clip_key(video, video_root)
-    clips = sorted(set(clip_of.values()))
+    clips = sorted(set(clip_of.values()), key=lambda clip: (stable_seed("split", seed, clip), clip))
     if num_val_videos < 0:
         raise DataError(f"num_val_videos must be at least 0, got {num_val_videos}")
     if num_val_videos >= len(clips):
         raise DataError(f"num_val_videos is {num_val_videos}, but there are {len(clips)} clips: none left to train on")
-    random.Random(seed).shuffle(clips)
     held_out = set(clips[:num_val_videos])
     train = [entry for entry in entries if clip_of[entry.video] not in held_out]
     return train, [entry for entry in entries if clip_of[entry.video] in held_out]

@@ -273,6 +273,29 @@ def test_split_keeps_a_clip_on_one_side_whatever_the_order_of_rows():
         split_by_video(entries, 50)
 
 
+def held_out(names, num_val_videos, seed):
+    return {entry.video for entry in split_by_video([both(name)[0] for name in names], num_val_videos, seed)[1]}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_dropping_or_adding_clips_moves_no_more_held_out_clips_than_that(seed):
+    draw = np.random.default_rng(seed)
+    names = [f"{'ab'[i % 2]}/{i:08x}.mov" for i in range(446)]
+    before = held_out(names, 40, seed)
+    for k in (1, 3, 40, 200):
+        dropped = set(draw.choice(names, k, replace=False))
+        after = held_out([name for name in names if name not in dropped], 40, seed)
+        assert len(before - after) == len(after - before) <= k
+        assert not (after - before) & dropped and before - dropped <= after  # held out clips that are there stay so
+        more = held_out([*names, *(f"c/{i}.mov" for i in range(k))], 40, seed)
+        assert len(more - before) <= k
+
+
+def test_the_split_is_the_same_in_every_release():
+    """Results of two versions of this code can be compared only if they hold out the same clips."""
+    assert held_out([f"{i}.mov" for i in range(100)], 5, 42) == {"14.mov", "26.mov", "68.mov", "82.mov", "84.mov"}
+
+
 def test_split_treats_links_and_other_spellings_as_one_clip(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.mp4").write_bytes(b"clip")
