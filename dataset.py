@@ -138,7 +138,7 @@ def _rows_of_file(file: Path) -> Iterator[object]:
             is_list = text.read(4096).lstrip()[:1] == "["
             text.seek(0)
             if not is_list:
-                yield from (_row_of_line(line) for line in text if line.strip())
+                yield from (_row_of_line(line, number) for number, line in enumerate(text, start=1) if line.strip())
                 return
             rows = json.load(text)
         rows.reverse()
@@ -150,11 +150,11 @@ def _rows_of_file(file: Path) -> Iterator[object]:
         yield RowError("unknown_format", f"the file is not valid JSON: {error}")
 
 
-def _row_of_line(line: str) -> object:
+def _row_of_line(line: str, number: int) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return RowError("unknown_format", f"not valid JSON: {error}")
+        return RowError("unknown_format", f"not valid JSON: {error.msg}: line {number} column {error.colno}")
 
 
 def parse_row(row, default_mode: str | None = None) -> list[Entry]:
@@ -432,6 +432,33 @@ def _control_pattern(tokenizer, _size: int) -> re.Pattern:
     added = tokenizer.added_tokens_decoder.values()
     control = [t.content for t in added if t.content.strip() and (t.special or re.search(r"[<>|\[\]]", t.content))]
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+
+
+def texts_of(entry: Entry) -> list[tuple[str, str]]:
+    """[("the question", text), ("caption 1", text), ...]"""
+    captions = [(f"caption {number}", caption) for number, caption in enumerate(entry.captions, start=1)]
+    return [("the question", entry.question), *captions]
+
+
+def find_bad_texts(entries: list[Entry], tokenizer, max_text_tokens: int | None = None) -> list[str]:
+    """What training would stop at only when it draws that caption: one line per problem, the first 20 and a count.
+
+    Texts that spell out a control token, and questions that leave no room for an answer in `max_text_tokens`.
+    """
+    problems, search = [], _control_pattern(tokenizer, len(tokenizer)).search
+    long_questions = {}  # question -> its tokens with the end token, where those are too many
+    for question in {entry.question for entry in entries} if max_text_tokens is not None else ():
+        if not search(question):
+            tokens = len(encode_prompt(tokenizer, question, 0)) + 1
+            long_questions |= {question: tokens} if tokens > max_text_tokens else {}
+    for entry in entries:
+        problems += [f"{entry.id}: {name} contains the control token {found[0]}"
+                     for name, text in texts_of(entry) if (found := search(text))]
+        if entry.question in long_questions:
+            problems.append(f"{entry.id}: the question takes {long_questions[entry.question]} tokens with the end "
+                            f"token, max_text_tokens is {max_text_tokens}")
+    more = [f"... and {len(problems) - 20:,} more"] if len(problems) > 20 else []
+    return problems[:20] + more
 
 
 def _encode_text(tokenizer, text: str, what: str) -> list[int]:

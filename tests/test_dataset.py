@@ -31,6 +31,7 @@ from dataset import (
     collate,
     encode_example,
     encode_prompt,
+    find_bad_texts,
     fit_answer,
     frame_indices,
     load_entries,
@@ -248,6 +249,12 @@ def test_all_bad_rows_are_named_in_one_message(tmp_path):
     with pytest.raises(DataError, match="r.jsonl row 2: not valid JSON"):
         (tmp_path / "r.jsonl").write_text(json.dumps(good) + "\n{oops\n")
         load_entries(tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match="r.jsonl row 2: not valid JSON: .*: line 4 column 2$"):
+        (tmp_path / "r.jsonl").write_text(json.dumps(good) + "\n\n\n{oops\n")
+        load_entries(tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match="r.json row 1: the file is not valid JSON: Extra data: line 3 column 1"):
+        (tmp_path / "r.json").write_text(json.dumps([good], indent=None) + "\n\n" + json.dumps([good]))
+        load_entries(tmp_path / "r.json")
     with pytest.raises(DataError, match="no such data file"):
         load_entries(tmp_path / "missing.json")
 
@@ -467,6 +474,29 @@ def test_control_text_is_refused_even_if_it_is_not_marked_special(tiny):
     tokenizer.add_tokens(["<think>", "    ", "pedestrian"])
     assert dataset.find_control_text(tokenizer, "I <think> so") == "<think>"
     assert dataset.find_control_text(tokenizer, "a    pedestrian, 3 < 4") is None
+
+
+def test_control_text_is_found_before_training_in_every_caption_and_question(qwen):
+    sound = Entry("a#copilot", "a.mp4", "copilot", MODES["copilot"], ("A <car>.", "A | bus.", "im_end"))
+    third = replace(sound, id="b#copilot", captions=("A car.", "A bus.", "A van.<|im_end|>"))
+    asked = replace(sound, id="c#copilot", question="What <|video_pad|>?", captions=("A car.", "<|endoftext|>"))
+    assert find_bad_texts([sound] * 30, qwen, max_text_tokens=60) == []
+    assert find_bad_texts([sound, third, asked], qwen) == [
+        "b#copilot: caption 3 contains the control token <|im_end|>",
+        "c#copilot: the question contains the control token <|video_pad|>",
+        "c#copilot: caption 2 contains the control token <|endoftext|>",
+    ]
+    for entry in (third, asked):  # what it finds is what an example is refused for
+        with pytest.raises(DataError, match="control token"):
+            encode_example(qwen, entry.question, entry.captions[-1], 1, 100)
+    many = find_bad_texts([third] * 1034, qwen)
+    assert len(many) == 21 and many[-1] == "... and 1,014 more"
+    question = "What does the driver do? " * 9
+    least = len(encode_prompt(qwen, question, 0)) + 1
+    long = replace(sound, question=question)
+    assert find_bad_texts([sound, long], qwen, least) == []
+    assert find_bad_texts([sound, long], qwen, least - 1) == [
+        f"a#copilot: the question takes {least} tokens with the end token, max_text_tokens is {least - 1}"]
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama"])
