@@ -26,10 +26,12 @@ import torch
 from torch.utils.data import Dataset
 
 from training.common import DriveVLMError, replacing, stable_seed
+from training.workers import in_child
 
 IGNORE_INDEX = -100
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
 BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
+DECODE_TIMEOUT = 120.0  # seconds after which the decoding of a clip is stopped
 VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts as variable frame rate
 
 
@@ -628,21 +630,48 @@ def sample_clip(path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
         return indices, times, clip.frames(indices)
 
 
+def decode_frames(path, num_frames: int, size: int) -> np.ndarray:
+    """`read_frames` in a process of its own, stopped after DECODE_TIMEOUT: a clip that hangs or crashes the decoder
+    gives a VideoError too."""
+    frames, failure = in_child(lambda: read_frames(path, num_frames, size), DECODE_TIMEOUT)
+    if failure:
+        raise VideoError(path, f"decoding {failure}")
+    return frames
+
+
 def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
-    """`read_frames` through the cache in folder `cache_dir` (None: decode). Safe under many processes and machines.
+    """`decode_frames` through the cache in folder `cache_dir` (None: no cache). Safe under many processes and machines.
 
     A file is identified by the clip's path, size and time of change and by what was asked for. It is written under a
     temporary name and renamed (at worst, two processes both decode a clip); one that is damaged or holds
-    something else is made again. Raises VideoError.
+    something else is made again. Where the cache cannot be read or written, frames are decoded. Raises VideoError.
     """
     if cache_dir is None:
-        return read_frames(path, num_frames, size)
+        return decode_frames(path, num_frames, size)
     file, key = _cache_place(path, num_frames, size, cache_dir)
-    frames = _read_cache(file, key, (num_frames, size, size, 3))
+    try:
+        frames = _read_cache(file, key, (num_frames, size, size, 3))
+    except OSError as error:
+        _warn_of_cache("read", cache_dir, error)
+        frames = None
     if frames is None:
-        frames = read_frames(path, num_frames, size)
-        _write_cache(file, key, frames)
+        frames = decode_frames(path, num_frames, size)
+        try:
+            _write_cache(file, key, frames)
+        except OSError as error:
+            _warn_of_cache("write", cache_dir, error)
     return frames
+
+
+def _warn_of_cache(what: str, cache_dir, error: OSError) -> None:
+    """Say once per process that the cache cannot be read or written."""
+    if what not in _warned_of_cache:
+        _warned_of_cache.add(what)
+        print(f"frame_cache: cannot {what} {cache_dir}: {error.strerror or error}; clips are decoded each time",
+              flush=True)
+
+
+_warned_of_cache = set()
 
 
 def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str]:

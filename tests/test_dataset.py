@@ -636,10 +636,10 @@ def test_unreadable_clips_say_why(tmp_path):
 
 @pytest.fixture
 def decodes(monkeypatch):
-    """Records every decoding of a clip in this process."""
+    """Records every decoding of a clip for this process."""
     count = []
-    decode = dataset.read_frames
-    monkeypatch.setattr(dataset, "read_frames", lambda *args: count.append(args) or decode(*args))
+    decode = dataset.decode_frames
+    monkeypatch.setattr(dataset, "decode_frames", lambda *args: count.append(args) or decode(*args))
     return count
 
 
