@@ -46,6 +46,7 @@ BDD_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}")  # a BDD100K clip
 BDD_SECONDS = (30, 50)  # such a clip lasts about 40 s
 SAME_PICTURE = 12.0  # mean difference of grey levels up to which two thumbnails show the same scene
 LONG_TEXT = 60  # words from which equal captions of two clips cannot be chance
+LIKELY_CONTROL = re.compile(r"<\|\w+\|>|</?think>|<video>|<image>")  # control tokens of other tokenizers
 LABEL_CHUNK = 64  # entries that a worker process checks at once
 
 CODES = {  # what a code means, and what to do
@@ -135,7 +136,7 @@ def main(argv=None) -> int:
     begin, found = time.monotonic(), Findings()
     inputs = open_inputs(config)
 
-    rows = read_rows(config, found)
+    rows = read_rows(inputs.tokenizer, config, found)
     clips = find_clips(rows, config, found)
     split_rows(rows, config, found)
     check_repeats(clips, found)
@@ -201,7 +202,7 @@ def open_inputs(config) -> Inputs:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(config, found: Findings) -> list[Row]:
+def read_rows(tokenizer, config, found: Findings) -> list[Row]:
     """The rows of `data` and `val_data` that can be read; those of `val_data` are held out."""
     rows = []
     for path, held_out in ((config.data, False), (config.val_data, True)):
@@ -212,6 +213,7 @@ def read_rows(config, found: Findings) -> list[Row]:
                     entries = dataset.parse_row(raw, config.default_mode)
                 except RowError as error:
                     found.add("error", error.code, where, str(error))
+                    check_unknown_mode(tokenizer, raw, error, where, found)
                     continue
                 rows.append(Row(where, raw, entries, held_out))
                 if "captions" in raw and "a" in raw and raw["a"] not in raw["captions"]:
@@ -221,6 +223,21 @@ def read_rows(config, found: Findings) -> list[Row]:
         except DataError as error:
             found.add("error", "no_rows", path, str(error))
     return rows
+
+
+def check_unknown_mode(tokenizer, raw, error: RowError, where: str, found: Findings) -> None:
+    """Find control tokens in a row whose mode is unknown: setting `default_mode` would not be enough to mend it."""
+    if error.code != "unknown_mode":
+        return
+    row = {key: value for key, value in raw.items() if key != "mode"}
+    try:
+        entries = dataset.parse_row(row, next(iter(MODES)))
+    except RowError as another:
+        found.add("error", another.code, where, str(another))
+        return
+    for entry in entries:
+        for name, control in find_controls(tokenizer, entry):
+            found.add("error", "control_token", where, f"{name} contains {control}")
 
 
 def find_clips(rows: list[Row], config, found: Findings) -> dict[str, list[Row]]:
@@ -396,13 +413,13 @@ def check_labels(rows: list[Row], inputs: Inputs, config, found: Findings) -> di
 
 def check_entry(tokenizer, entry: Entry, visual_tokens: int, limit: int) -> tuple[list[tuple], list[int]]:
     """([(level, code, message)], [text tokens of each caption before any cut])."""
-    if control := find_control(tokenizer, entry.question):
-        return [("error", "control_token", f"the question contains {control}")], []
-    problems, tokens, prompt = [], [], len(dataset.encode_prompt(tokenizer, entry.question, 0))
-    for number, caption in enumerate(entry.captions, start=1):
-        name = f"caption {number}" if len(entry.captions) > 1 else "the caption"
-        if control := find_control(tokenizer, caption):
-            problems.append(("error", "control_token", f"{name} contains {control}"))
+    controls = dict(find_controls(tokenizer, entry))
+    problems = [("error", "control_token", f"{name} contains {token}") for name, token in controls.items()]
+    if "the question" in controls:
+        return problems, []
+    tokens, prompt = [], len(dataset.encode_prompt(tokenizer, entry.question, 0))
+    for name, caption in dataset.texts_of(entry)[1:]:
+        if name in controls:
             continue
         try:
             example = dataset.encode_example(tokenizer, entry.question, caption, visual_tokens, limit)
@@ -418,10 +435,14 @@ def check_entry(tokenizer, entry: Entry, visual_tokens: int, limit: int) -> tupl
     return problems, tokens
 
 
-def find_control(tokenizer, text: str) -> str | None:
-    """A control token of this tokenizer, or of similar ones, that `text` contains."""
-    likely = re.search(r"<\|\w+\|>|</?think>|<video>|<image>", text)
-    return dataset.find_control_text(tokenizer, text) or (likely[0] if likely else None)
+def find_controls(tokenizer, entry: Entry) -> list[tuple[str, str]]:
+    """[("the question" or "caption N", a control token in it)], of this tokenizer or of similar ones."""
+    found = []
+    for name, text in dataset.texts_of(entry):
+        likely = LIKELY_CONTROL.search(text)
+        control = dataset.find_control_text(tokenizer, text) or (likely[0] if likely else None)
+        found += [(name, control)] if control else []
+    return found
 
 
 def check_example(tokenizer, example: dict, prompt: int, caption: str, visual_tokens: int) -> Iterator[tuple[str, str]]:

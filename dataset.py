@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from training.common import DriveVLMError, replacing
+from training.common import DriveVLMError, replacing, stable_seed
+from training.workers import in_child
 
 IGNORE_INDEX = -100
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
 BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
+DECODE_TIMEOUT = 120.0  # seconds after which the decoding of a clip is stopped
 VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts as variable frame rate
 
 
@@ -138,7 +140,7 @@ def _rows_of_file(file: Path) -> Iterator[object]:
             is_list = text.read(4096).lstrip()[:1] == "["
             text.seek(0)
             if not is_list:
-                yield from (_row_of_line(line) for line in text if line.strip())
+                yield from (_row_of_line(line, number) for number, line in enumerate(text, start=1) if line.strip())
                 return
             rows = json.load(text)
         rows.reverse()
@@ -150,11 +152,11 @@ def _rows_of_file(file: Path) -> Iterator[object]:
         yield RowError("unknown_format", f"the file is not valid JSON: {error}")
 
 
-def _row_of_line(line: str) -> object:
+def _row_of_line(line: str, number: int) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return RowError("unknown_format", f"not valid JSON: {error}")
+        return RowError("unknown_format", f"not valid JSON: {error.msg}: line {number} column {error.colno}")
 
 
 def parse_row(row, default_mode: str | None = None) -> list[Entry]:
@@ -283,18 +285,19 @@ def load_split(config) -> tuple[list[Entry], list[Entry]]:
 def split_by_video(entries: list[Entry], num_val_videos: int = 40, seed: int = 42, video_root=None):
     """(train, val) entries: `num_val_videos` clips, chosen by `seed`, are held out with all their entries.
 
-    A clip is identified by its resolved path where `video_root` is given (a link and its target are one clip), else by
-    its normalized path; both give the same split where there are no links.
+    The held-out clips are those with the lowest hashes of (seed, clip), so a clip's chance does not depend on the other
+    clips: dropping or adding k clips changes at most k of those held out. A clip is identified by its resolved path
+    where `video_root` is given (a link and its target are one clip), else by its normalized path; both give the same
+    split where there are no links.
     """
     clip_of = {entry.video: None for entry in entries}
     for video in clip_of:
         clip_of[video] = clip_key(video, video_root)
-    clips = sorted(set(clip_of.values()))
+    clips = sorted(set(clip_of.values()), key=lambda clip: (stable_seed("split", seed, clip), clip))
     if num_val_videos < 0:
         raise DataError(f"num_val_videos must be at least 0, got {num_val_videos}")
     if num_val_videos >= len(clips):
         raise DataError(f"num_val_videos is {num_val_videos}, but there are {len(clips)} clips: none left to train on")
-    random.Random(seed).shuffle(clips)
     held_out = set(clips[:num_val_videos])
     train = [entry for entry in entries if clip_of[entry.video] not in held_out]
     return train, [entry for entry in entries if clip_of[entry.video] in held_out]
@@ -431,6 +434,33 @@ def _control_pattern(tokenizer, _size: int) -> re.Pattern:
     added = tokenizer.added_tokens_decoder.values()
     control = [t.content for t in added if t.content.strip() and (t.special or re.search(r"[<>|\[\]]", t.content))]
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+
+
+def texts_of(entry: Entry) -> list[tuple[str, str]]:
+    """[("the question", text), ("caption 1", text), ...]"""
+    captions = [(f"caption {number}", caption) for number, caption in enumerate(entry.captions, start=1)]
+    return [("the question", entry.question), *captions]
+
+
+def find_bad_texts(entries: list[Entry], tokenizer, max_text_tokens: int | None = None) -> list[str]:
+    """What training would stop at only when it draws that caption: one line per problem, the first 20 and a count.
+
+    Texts that spell out a control token, and questions that leave no room for an answer in `max_text_tokens`.
+    """
+    problems, search = [], _control_pattern(tokenizer, len(tokenizer)).search
+    long_questions = {}  # question -> its tokens with the end token, where those are too many
+    for question in {entry.question for entry in entries} if max_text_tokens is not None else ():
+        if not search(question):
+            tokens = len(encode_prompt(tokenizer, question, 0)) + 1
+            long_questions |= {question: tokens} if tokens > max_text_tokens else {}
+    for entry in entries:
+        problems += [f"{entry.id}: {name} contains the control token {found[0]}"
+                     for name, text in texts_of(entry) if (found := search(text))]
+        if entry.question in long_questions:
+            problems.append(f"{entry.id}: the question takes {long_questions[entry.question]} tokens with the end "
+                            f"token, max_text_tokens is {max_text_tokens}")
+    more = [f"... and {len(problems) - 20:,} more"] if len(problems) > 20 else []
+    return problems[:20] + more
 
 
 def _encode_text(tokenizer, text: str, what: str) -> list[int]:
@@ -600,21 +630,48 @@ def sample_clip(path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
         return indices, times, clip.frames(indices)
 
 
+def decode_frames(path, num_frames: int, size: int) -> np.ndarray:
+    """`read_frames` in a process of its own, stopped after DECODE_TIMEOUT: a clip that hangs or crashes the decoder
+    gives a VideoError too."""
+    frames, failure = in_child(lambda: read_frames(path, num_frames, size), DECODE_TIMEOUT)
+    if failure:
+        raise VideoError(path, f"decoding {failure}")
+    return frames
+
+
 def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
-    """`read_frames` through the cache in folder `cache_dir` (None: decode). Safe under many processes and machines.
+    """`decode_frames` through the cache in folder `cache_dir` (None: no cache). Safe under many processes and machines.
 
     A file is identified by the clip's path, size and time of change and by what was asked for. It is written under a
     temporary name and renamed (at worst, two processes both decode a clip); one that is damaged or holds
-    something else is made again. Raises VideoError.
+    something else is made again. Where the cache cannot be read or written, frames are decoded. Raises VideoError.
     """
     if cache_dir is None:
-        return read_frames(path, num_frames, size)
+        return decode_frames(path, num_frames, size)
     file, key = _cache_place(path, num_frames, size, cache_dir)
-    frames = _read_cache(file, key, (num_frames, size, size, 3))
+    try:
+        frames = _read_cache(file, key, (num_frames, size, size, 3))
+    except OSError as error:
+        _warn_of_cache("read", cache_dir, error)
+        frames = None
     if frames is None:
-        frames = read_frames(path, num_frames, size)
-        _write_cache(file, key, frames)
+        frames = decode_frames(path, num_frames, size)
+        try:
+            _write_cache(file, key, frames)
+        except OSError as error:
+            _warn_of_cache("write", cache_dir, error)
     return frames
+
+
+def _warn_of_cache(what: str, cache_dir, error: OSError) -> None:
+    """Say once per process that the cache cannot be read or written."""
+    if what not in _warned_of_cache:
+        _warned_of_cache.add(what)
+        print(f"frame_cache: cannot {what} {cache_dir}: {error.strerror or error}; clips are decoded each time",
+              flush=True)
+
+
+_warned_of_cache = set()
 
 
 def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str]:

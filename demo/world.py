@@ -640,7 +640,7 @@ def make_one(index, seed, held_out, folder):
 
 def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
-    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 1}
+    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 2}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         say(f"{output_dir} is complete: {num_clips} clips")

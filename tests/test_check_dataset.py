@@ -101,6 +101,33 @@ def test_faults_of_rows_and_texts_are_found(tiny, check):
     assert report["counts"]["errors"] == len(errors) and set(codes(report)) <= set(check_dataset.CODES)
 
 
+def test_control_tokens_are_found_in_every_caption_and_in_questions_of_no_mode(tiny, check):
+    rows = [both(clip.name) for clip in tiny.videos.glob("*.mp4")]
+    car = rows[0]["video"]
+    rows.append({"video": car, "q": "What <|video_pad|>?", "a": "A car."})
+    rows.append({"video": car, "q": "What?", "mode": "poem", "captions": ["A car.", "A <|im_end|>."]})
+    rows.append({"video": car, "q": "What?", "captions": ["A car.", ""]})
+    rows.append({"video": car, "copilot": ["A.", "B.", "C <|im_end|>."]})
+    exit_code, report = check(rows, "--no-video")
+    found = [(p["code"], p["message"]) for p in report["problems"] if p["level"] == "error"]
+    assert exit_code == 1 and [code for code, _ in found] == [
+        "unknown_mode", "control_token", "unknown_mode", "control_token", "unknown_mode", "empty_caption",
+        "control_token"]
+    assert [text for code, text in found if code == "control_token"] == [
+        "the question contains <|video_pad|>", "caption 2 contains <|im_end|>", "caption 3 contains <|im_end|>"]
+
+
+def test_broken_json_is_reported_with_its_line(check, tmp_path):
+    one = json.dumps([row("a.mp4")], indent=1)
+    for text, place in ((f"{one}\n{one}", f"line {one.count(chr(10)) + 2} column 1"),
+                        (f"{one}\n# the end", f"line {one.count(chr(10)) + 2} column 1"),
+                        (one.replace('"a"', "a"), "line 5 column 3")):
+        (tmp_path / "broken.json").write_text(text)
+        exit_code, report = check([], "--no-video", "--data", tmp_path / "broken.json")
+        problem, = [p for p in report["problems"] if p["level"] == "error"]
+        assert exit_code == 1 and problem["code"] == "unknown_format" and place in problem["message"]
+
+
 def test_a_file_that_is_not_json_is_a_problem_of_the_data(check, tmp_path):
     exit_code, report = check([], "--no-video")
     assert exit_code == 1 and codes(report) == {"no_rows": 1}

@@ -31,6 +31,7 @@ from dataset import (
     collate,
     encode_example,
     encode_prompt,
+    find_bad_texts,
     fit_answer,
     frame_indices,
     load_entries,
@@ -248,6 +249,12 @@ def test_all_bad_rows_are_named_in_one_message(tmp_path):
     with pytest.raises(DataError, match="r.jsonl row 2: not valid JSON"):
         (tmp_path / "r.jsonl").write_text(json.dumps(good) + "\n{oops\n")
         load_entries(tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match="r.jsonl row 2: not valid JSON: .*: line 4 column 2$"):
+        (tmp_path / "r.jsonl").write_text(json.dumps(good) + "\n\n\n{oops\n")
+        load_entries(tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match="r.json row 1: the file is not valid JSON: Extra data: line 3 column 1"):
+        (tmp_path / "r.json").write_text(json.dumps([good], indent=None) + "\n\n" + json.dumps([good]))
+        load_entries(tmp_path / "r.json")
     with pytest.raises(DataError, match="no such data file"):
         load_entries(tmp_path / "missing.json")
 
@@ -271,6 +278,29 @@ def test_split_keeps_a_clip_on_one_side_whatever_the_order_of_rows():
     assert split_by_video(entries, 0)[1] == []
     with pytest.raises(DataError, match="none left"):
         split_by_video(entries, 50)
+
+
+def held_out(names, num_val_videos, seed):
+    return {entry.video for entry in split_by_video([both(name)[0] for name in names], num_val_videos, seed)[1]}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_dropping_or_adding_clips_moves_no_more_held_out_clips_than_that(seed):
+    draw = np.random.default_rng(seed)
+    names = [f"{'ab'[i % 2]}/{i:08x}.mov" for i in range(446)]
+    before = held_out(names, 40, seed)
+    for k in (1, 3, 40, 200):
+        dropped = set(draw.choice(names, k, replace=False))
+        after = held_out([name for name in names if name not in dropped], 40, seed)
+        assert len(before - after) == len(after - before) <= k
+        assert not (after - before) & dropped and before - dropped <= after  # held out clips that are there stay so
+        more = held_out([*names, *(f"c/{i}.mov" for i in range(k))], 40, seed)
+        assert len(more - before) <= k
+
+
+def test_the_split_is_the_same_in_every_release():
+    """Results of two versions of this code can be compared only if they hold out the same clips."""
+    assert held_out([f"{i}.mov" for i in range(100)], 5, 42) == {"14.mov", "26.mov", "68.mov", "82.mov", "84.mov"}
 
 
 def test_split_treats_links_and_other_spellings_as_one_clip(tmp_path):
@@ -446,6 +476,29 @@ def test_control_text_is_refused_even_if_it_is_not_marked_special(tiny):
     assert dataset.find_control_text(tokenizer, "a    pedestrian, 3 < 4") is None
 
 
+def test_control_text_is_found_before_training_in_every_caption_and_question(qwen):
+    sound = Entry("a#copilot", "a.mp4", "copilot", MODES["copilot"], ("A <car>.", "A | bus.", "im_end"))
+    third = replace(sound, id="b#copilot", captions=("A car.", "A bus.", "A van.<|im_end|>"))
+    asked = replace(sound, id="c#copilot", question="What <|video_pad|>?", captions=("A car.", "<|endoftext|>"))
+    assert find_bad_texts([sound] * 30, qwen, max_text_tokens=60) == []
+    assert find_bad_texts([sound, third, asked], qwen) == [
+        "b#copilot: caption 3 contains the control token <|im_end|>",
+        "c#copilot: the question contains the control token <|video_pad|>",
+        "c#copilot: caption 2 contains the control token <|endoftext|>",
+    ]
+    for entry in (third, asked):  # what it finds is what an example is refused for
+        with pytest.raises(DataError, match="control token"):
+            encode_example(qwen, entry.question, entry.captions[-1], 1, 100)
+    many = find_bad_texts([third] * 1034, qwen)
+    assert len(many) == 21 and many[-1] == "... and 1,014 more"
+    question = "What does the driver do? " * 9
+    least = len(encode_prompt(qwen, question, 0)) + 1
+    long = replace(sound, question=question)
+    assert find_bad_texts([sound, long], qwen, least) == []
+    assert find_bad_texts([sound, long], qwen, least - 1) == [
+        f"a#copilot: the question takes {least} tokens with the end token, max_text_tokens is {least - 1}"]
+
+
 @pytest.mark.parametrize("name", ["qwen", "llama"])
 def test_the_end_token_is_never_lost(request, name):
     tokenizer = request.getfixturevalue(name)
@@ -583,10 +636,10 @@ def test_unreadable_clips_say_why(tmp_path):
 
 @pytest.fixture
 def decodes(monkeypatch):
-    """Records every decoding of a clip in this process."""
+    """Records every decoding of a clip for this process."""
     count = []
-    decode = dataset.read_frames
-    monkeypatch.setattr(dataset, "read_frames", lambda *args: count.append(args) or decode(*args))
+    decode = dataset.decode_frames
+    monkeypatch.setattr(dataset, "decode_frames", lambda *args: count.append(args) or decode(*args))
     return count
 
 

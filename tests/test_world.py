@@ -129,6 +129,30 @@ def test_captions_invent_where_they_should_and_nowhere_else(small_world):
             assert mentioned(caption) >= set(truth[entry.video]["present"]), caption
 
 
+def test_the_clips_that_the_split_holds_out_are_drawn_as_held_out(small_world):
+    """Combinations that are reserved for held-out clips are in none that training sees, and in some held out."""
+    truth = read(small_world, "truth.json")
+    train, held_out = split_by_video(load_entries(small_world / "captions.json"), world.NUM_HELD_OUT, world.SPLIT_SEED,
+                                     small_world / "videos")
+    assert {entry.video for entry in held_out} == world.held_out_names(NUM_CLIPS)
+    assert not any(world.is_reserved(truth[entry.video]["order"]) for entry in train)
+    assert any(world.is_reserved(truth[entry.video]["order"]) for entry in held_out)
+    for index in range(NUM_CLIPS):
+        name = world.clip_name(index)
+        script = world.make_script((42, index), name in {entry.video for entry in held_out})
+        assert truth[name]["events"] == [event.kind for event in script.events]
+
+
+def test_a_world_of_an_earlier_version_is_drawn_again(tmp_path, monkeypatch):
+    """Its clips were drawn for another split: held-out combinations would be in the training data."""
+    settings = {"num_clips": NUM_CLIPS, "seed": 42, "version": 1}
+    (tmp_path / "world.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(world, "held_out_names", lambda num_clips: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        world.make_world(tmp_path, NUM_CLIPS, seed=42, say=lambda text: None)
+    assert not (tmp_path / "world.json").exists()
+
+
 def test_the_rate_of_invention_is_as_stated():
     chances = invented = mentions = 0
     for index in range(400):

@@ -1,13 +1,17 @@
-"""Worker processes for work that may hang or crash.
+"""Processes for work that may hang or crash: a pool (`in_processes`), or one process for one call (`in_child`).
 
 decord can crash on a damaged clip, or hang while it holds Python's lock; then only killing its process helps.
 """
 
+import gc
 import itertools
 import multiprocessing
 import os
+import pickle
+import select
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 
@@ -61,3 +65,77 @@ def _work_on(item):
     result = _function(item)
     signal.alarm(0)
     return result
+
+
+def in_child(function, timeout: float) -> tuple[object, str | None]:
+    """(`function()`, None), computed in a forked process; (None, what happened) where that hangs or dies.
+
+    An exception in `function` is raised here. Works in a data loader's worker too, where multiprocessing may not start
+    processes.
+    """
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as answers:
+        with open(writing, "wb") as pipe:  # closed here after the fork, so that the pipe ends when the child does
+            child = os.fork()
+            if child == 0:
+                _answer(function, pipe, timeout)
+        content = None
+        try:
+            content = _read_all(answers, timeout)
+        finally:
+            if content is None:  # too late, or stopped here by Ctrl-C
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+    if content is None:
+        return None, f"did not finish within {timeout:g} s and was stopped"
+    code = os.waitstatus_to_exitcode(status)
+    if code != 0:
+        return None, f"crashed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    result, error = pickle.loads(content)
+    if error is not None:
+        raise error
+    return result, None
+
+
+def _answer(function, pipe, timeout: float) -> None:
+    """In the child: write (result, None) or (None, exception) and exit, without what the parent does at its exit."""
+    code = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):  # whether they end the work is the parent's decision
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(timeout) + 60)  # ends a hung child whose parent was killed; otherwise the parent is faster
+        gc.disable()  # garbage of the parent may be tensors on a GPU, which a forked process must not touch
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide decord's messages: the parent says what they mean
+        try:
+            answer = function(), None
+        except Exception as error:
+            answer = None, _sendable(error)
+        pickle.dump(answer, pipe, protocol=5)
+        pipe.flush()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error with its trace as a note; a RuntimeError with that text where it cannot be pickled."""
+    trace = traceback.format_exc()
+    try:
+        error.add_note(f"In the child process:\n{trace}")
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(trace)
+
+
+def _read_all(pipe, timeout: float) -> bytes | None:
+    """What comes out of the pipe until its end; None where that takes longer than `timeout` seconds."""
+    end, parts = time.monotonic() + timeout, []
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while (left := end - time.monotonic()) > 0 and poll.poll(1000 * left):
+        part = pipe.read(1 << 20)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+    return None
