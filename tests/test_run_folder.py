@@ -1,7 +1,10 @@
 """Run folder, resume rules, missing inputs, and curves."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +16,7 @@ import yaml
 from training import loop
 from training.common import ConfigError, read_jsonl
 from training.config import TrainKeys
-from training.run_folder import RunFolder, _smooth, plot_curves
+from training.run_folder import RunFolder, _smooth, list_files, plot_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,11 +40,18 @@ def config_in(folder, **changes):
     return Config(output_dir=str(folder), **changes)
 
 
-def fake_checkpoint(folder, step, processes=1):
+def fake_checkpoint(folder, step, processes=1, **state):
     path = Path(folder) / "checkpoints" / f"step-{step:06d}"
-    path.mkdir(parents=True)
-    (path / "run.json").write_text(json.dumps({"num_processes": processes}))
+    (path / "model").mkdir(parents=True)
+    for name in ("optimizer.pt", "model/drivevlm.json", "model/projector.safetensors"):
+        (path / name).write_text(f"{name} of step {step}")
+    state = {"num_processes": processes, "files": list_files(path), **state}
+    (path / "run.json").write_text(json.dumps(state))
     return path
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def test_a_second_run_on_a_folder_is_refused_in_this_and_another_process(tmp_path, capsys):
@@ -121,6 +131,119 @@ def test_checkpoints_are_complete_or_absent_and_old_ones_are_removed(tmp_path):
             pass
         assert [p.name for p in run.checkpoints.iterdir()] == ["step-000010"]
         assert json.loads((run.checkpoints / "step-000010" / "run.json").read_text())["num_processes"] == 1
+
+
+def test_a_save_waits_for_all_ranks_and_removes_the_old_only_after_the_new_is_complete(tmp_path, monkeypatch):
+    seen, rmtree = [], shutil.rmtree
+
+    def watched(path, **options):
+        seen.append(f"delete {Path(path).name} beside {' '.join(names(run.checkpoints))}")
+        rmtree(path, **options)
+
+    with RunFolder(tmp_path) as run:
+        fake_checkpoint(tmp_path, 2)
+        monkeypatch.setattr(shutil, "rmtree", watched)
+        with run.checkpoint(4, keep=1, barrier=lambda: seen.append(f"wait, {' '.join(names(run.checkpoints))}")):
+            seen.append("body")
+    assert seen == [
+        "wait, .step-000004 step-000002", "body", "wait, .step-000004 step-000002",
+        "delete .step-000004 beside step-000002 step-000004",  # what is left of a save that failed: nothing here
+        "delete .step-000002 beside .step-000002 step-000004"]
+
+
+def test_a_checkpoint_lists_its_files_and_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(str(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path / "checkpoints")))
+        fsync(descriptor)
+
+    with RunFolder(tmp_path) as run:
+        monkeypatch.setattr(os, "fsync", watched)
+        with run.checkpoint(4, keep=1) as folder:
+            (folder / "model").mkdir()
+            (folder / "model" / "weights").write_text("abc")
+            (folder / "optimizer.pt").write_text("")
+    inside = [".", "model", "model/weights", "optimizer.pt", "run.json"]
+    assert sorted(synced[:-1]) == sorted(str(Path(".step-000004", name)) for name in inside) and synced[-1] == "."
+    files = json.loads((run.checkpoints / "step-000004" / "run.json").read_text())["files"]
+    assert files == {"model/weights": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()},
+                     "optimizer.pt": {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}
+
+
+def test_only_step_folders_are_checkpoints_and_nothing_else_is_deleted(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("step-000002-good", ".step-000001", ".mine", "step-last", "step-"):
+        (checkpoints / name).mkdir(parents=True)
+    for name in (".DS_Store", "step-000099", ".step-000098", "notes.txt"):
+        (checkpoints / name).write_text("")
+    with RunFolder(tmp_path) as run:
+        assert run.find_resume(config_in(tmp_path, resume="none")) is None
+        assert run.find_resume(config_in(tmp_path, resume="auto")) is None
+        for step in (3, 4):
+            with run.checkpoint(step, keep=1):
+                pass
+    assert names(checkpoints) == [".DS_Store", ".mine", ".step-000098", "notes.txt", "step-", "step-000002-good",
+                                  "step-000004", "step-000099", "step-last"]  # .step-000001: of a save that was killed
+
+
+DAMAGE = {  # what was done to a checkpoint: (how, what is said)
+    "missing": (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "cut": (lambda folder: (folder / "optimizer.pt").write_text(""), "optimizer.pt has 0 bytes instead of 23"),
+    "changed": (lambda folder: (folder / "optimizer.pt").write_text("optimizer.pt of step 21"),
+                "optimizer.pt: sha256 differs"),
+    "no run.json": (lambda folder: (folder / "run.json").unlink(), "run.json is missing"),
+    "half a run.json": (lambda folder: (folder / "run.json").write_text('{"num'), "run.json cannot be read"),
+    "another run.json": (lambda folder: (folder / "run.json").write_text("[]"), "run.json cannot be read"),
+    "empty run.json": (lambda folder: (folder / "run.json").write_text("{}"), "run.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(kind, tmp_path, capsys):
+    damage, words = DAMAGE[kind]
+    config = config_in(tmp_path / "run", resume="auto")
+    with RunFolder(tmp_path / "run") as run:
+        run.start(config)
+        first, second = fake_checkpoint(run.folder, 10), fake_checkpoint(run.folder, 20)
+        damage(second)
+        assert run.find_resume(config) == first
+        said = capsys.readouterr().out
+        assert f"{second} is damaged: {words}" in said and f"the one before, {first}" in said
+    for path in (second, run.folder):
+        with RunFolder(tmp_path / "new") as new, pytest.raises(ConfigError, match=f"{second} is damaged: {words}"):
+            new.find_resume(config_in(new.folder, resume=str(path)))
+    with RunFolder(run.folder) as run:  # it is set aside: the new one of its step must not be taken for saved before
+        run.start(config, run.find_resume(config))
+        with run.checkpoint(20, keep=1) as folder:
+            (folder / "optimizer.pt").write_text("new")
+        aside, newest = sorted(run.checkpoints.iterdir(), key=lambda path: len(path.name), reverse=True)
+        assert aside.name.startswith("step-000020-damaged-") and (newest / "optimizer.pt").read_text() == "new"
+
+
+def test_a_run_without_any_sound_checkpoint_is_not_silently_started_again(tmp_path):
+    config = config_in(tmp_path, resume="auto")
+    with RunFolder(tmp_path) as run:
+        run.start(config)
+        for step in (10, 20):
+            (fake_checkpoint(tmp_path, step) / "optimizer.pt").unlink()
+        with pytest.raises(ConfigError) as caught:
+            run.find_resume(config)
+    for word in ("step-000010 is damaged", "step-000020 is damaged", "no sound checkpoint is left"):
+        assert word in str(caught.value)
+
+
+def test_checkpoints_of_older_versions_are_accepted_with_a_note(tmp_path, capsys):
+    config = config_in(tmp_path, resume="auto")
+    with RunFolder(tmp_path) as run:
+        run.start(config)
+        checkpoint = fake_checkpoint(tmp_path, 10)
+        (checkpoint / "run.json").write_text('{"num_processes": 1}')
+        assert run.find_resume(config) == checkpoint
+        assert f"{checkpoint} is of an older version" in capsys.readouterr().out
+        (checkpoint / "optimizer.pt").unlink()
+        with pytest.raises(ConfigError, match="optimizer.pt is missing"):
+            run.find_resume(config)
 
 
 def test_resume_none_refuses_a_used_folder(tmp_path):
