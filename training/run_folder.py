@@ -179,15 +179,13 @@ class RunFolder:
     def find_resume(self, config) -> Path | None:
         """The checkpoint that `config.resume` continues from, None for a fresh start; ConfigError if that is refused.
 
-        none: the folder must hold no checkpoints and no model. auto: its newest checkpoint, if the config is the same.
-        A path: that checkpoint (or a run folder's newest); another config is allowed there, and printed.
+        none: the folder must hold no checkpoints and no model. auto: its newest sound checkpoint, if the config is the
+        same. A path: that checkpoint (or a run folder's newest); another config is allowed there, and printed, except
+        for the keys that a checkpoint fixes. The number of processes must be the checkpoint's: it decides the sums.
         """
         newest, resume = last_checkpoint(self.folder), config.resume
         if resume == "none":
-            if newest or self.finished:
-                what = f"checkpoints up to {newest.name}" if newest else "a finished model"
-                fail([f"output_dir: {self.folder} already holds {what}; continue with --resume auto, "
-                      "or give another --output_dir, or remove the folder"])
+            self._refuse_used_folder(newest)
             return None
         if resume == "auto":
             checkpoint, source = self._newest_sound_checkpoint(), self.folder
@@ -195,19 +193,37 @@ class RunFolder:
                 return None
         else:
             checkpoint, source = self._checkpoint_to_branch_from(Path(resume), newest)
-        differences = config_differences(config, source)
         state = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
         if "files" not in state:
             print0(f"resume: {checkpoint} is of an older version and does not list its files: it was not verified")
-        processes = state["num_processes"]
-        if processes != process_rank()[1]:
-            differences.append(f"processes: was {processes}, now {process_rank()[1]}")
-        if differences and resume == "auto":
-            fail(differences, title=f"{source} was started with another configuration, --resume auto cannot continue "
-                                    f"(--resume {checkpoint} --output_dir NEW can)")
-        for difference in differences:
-            print0(f"resume: {difference}")
+        self._compare_settings(config, checkpoint, source, state)
         return checkpoint
+
+    def _refuse_used_folder(self, newest):
+        if newest or self.finished:
+            what = f"checkpoints up to {newest.name}" if newest else "a finished model"
+            fail([f"output_dir: {self.folder} already holds {what}; continue it with --resume auto, "
+                  "or give another --output_dir, or remove the folder"])
+
+    def _compare_settings(self, config, checkpoint, source, state):
+        """Refuse differences that --resume does not allow, all in one message; print those that it applies."""
+        differences = config_differences(config, source)
+        lines = {key: f"{key}: was {old}, now {new}" for key, (old, new) in differences.items()}
+        fixed = [lines[key] for key, (old, new) in differences.items() if is_fixed(key, old, new)]
+        was, now = state["num_processes"], process_rank()[1]
+        if was != now:
+            start = f"torchrun --nproc_per_node {was}" if was > 1 else "python, without torchrun"
+            fixed.append(f"processes: was {was}, now {now}; continue with {was} ({start}): "
+                         "another number would not give the same run")
+        if config.resume == "auto" and (differences or fixed):
+            hint = "" if fixed else f" (--resume {checkpoint} --output_dir NEW can)"
+            refused = [line for line in lines.values() if line not in fixed] + fixed
+            fail(refused, title=f"{source} was started with another configuration, --resume auto cannot continue{hint}")
+        if fixed:
+            fail(fixed, title=f"{checkpoint} can only be continued with the values that it was made with")
+        for key, line in lines.items():
+            unused = key == "init_from" and "reference_sha256" not in state  # only stage 3 reads it again
+            print0(f"resume: {line}: {'not used: the weights are in the checkpoint' if unused else 'applied'}")
 
     def _newest_sound_checkpoint(self):
         """None if there is no checkpoint at all. Damaged ones are passed over and printed; `start` sets them aside."""
@@ -233,6 +249,8 @@ class RunFolder:
         source = checkpoint.resolve().parent.parent
         if source == self.folder.resolve() and (self.finished or newest.name != checkpoint.name):
             fail([f"resume: {self.folder} is already past {checkpoint.name}; give another --output_dir to branch off"])
+        if source != self.folder.resolve():
+            self._refuse_used_folder(newest)
         if problems := checkpoint_problems(checkpoint):
             fail([f"resume: {checkpoint} is damaged: {'; '.join(problems)}; give another checkpoint"])
         return checkpoint, source
@@ -333,18 +351,34 @@ def sync_to_disk(folder, subfolders=True):
             os.close(descriptor)
 
 
-def config_differences(config, folder) -> list[str]:
-    """Keys whose values differ from those in `folder`/config.yaml, except resume and output_dir."""
+# ---- another configuration than the checkpoint's ---------------------------------------------------------------------
+
+# What a checkpoint's weights and optimizer state were computed with. The model is built from the checkpoint, so other
+# values would be ignored (pooling, LoRA's) or would fit the weights by chance only (base models, frames).
+FIXED_KEYS = ("vision_model", "language_model", "num_frames", "pooling", "lora_r", "lora_alpha", "lora_dropout")
+
+
+def is_fixed(key: str, old, new) -> bool:
+    """True if a checkpoint cannot be continued with this change. A base model may have moved."""
+    if key not in FIXED_KEYS or "not set" in (old, new):  # the key of another stage or version
+        return False
+    if key in ("vision_model", "language_model"):
+        gone = Path(old).is_absolute() and not Path(old).exists()
+        return not gone and Path(old).name != Path(new).name
+    return True
+
+
+def config_differences(config, folder) -> dict[str, tuple]:
+    """{key: (old, new)} of the values that differ from `folder`/config.yaml, except resume and output_dir."""
     from omegaconf import OmegaConf
 
     path = Path(folder) / "config.yaml"
     if not path.is_file():
-        return [f"{path} is missing"]
+        fail([f"resume: {path} is missing; it says what the checkpoints were made with, so put it back"])
     old = _dotted(OmegaConf.to_container(OmegaConf.load(path)))
     new = _dotted(dataclasses.asdict(config))
-    keys = [key for key in {**new, **old} if key not in ("resume", "output_dir")]
-    return [f"{key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
-            for key in keys if old.get(key) != new.get(key)]
+    pairs = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in {**new, **old}}
+    return {key: pair for key, pair in pairs.items() if key not in ("resume", "output_dir") and pair[0] != pair[1]}
 
 
 def _dotted(tree: dict, prefix="") -> dict[str, object]:
