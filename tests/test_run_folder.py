@@ -1,7 +1,9 @@
 """Run folder, resume rules, missing inputs, and curves."""
 
-import dataclasses
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import yaml
 from training import loop
 from training.common import ConfigError, read_jsonl
 from training.config import TrainKeys
-from training.run_folder import RunFolder, _smooth, plot_curves
+from training.run_folder import RunFolder, _smooth, list_files, plot_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +29,10 @@ class Detector:
 @dataclass
 class Config(TrainKeys):
     learning_rate: float = 1e-3
+    pooling: int = 3
+    lora_r: int = 4
+    lora_alpha: int = 8
+    lora_dropout: float = 0.1
     detector: Detector = field(default_factory=Detector)
 
 
@@ -37,11 +43,18 @@ def config_in(folder, **changes):
     return Config(output_dir=str(folder), **changes)
 
 
-def fake_checkpoint(folder, step, processes=1):
+def fake_checkpoint(folder, step, processes=1, **state):
     path = Path(folder) / "checkpoints" / f"step-{step:06d}"
-    path.mkdir(parents=True)
-    (path / "run.json").write_text(json.dumps({"num_processes": processes}))
+    (path / "model").mkdir(parents=True)
+    for name in ("optimizer.pt", "model/drivevlm.json", "model/projector.safetensors"):
+        (path / name).write_text(f"{name} of step {step}")
+    state = {"num_processes": processes, "files": list_files(path), **state}
+    (path / "run.json").write_text(json.dumps(state))
     return path
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def test_a_second_run_on_a_folder_is_refused_in_this_and_another_process(tmp_path, capsys):
@@ -123,6 +136,119 @@ def test_checkpoints_are_complete_or_absent_and_old_ones_are_removed(tmp_path):
         assert json.loads((run.checkpoints / "step-000010" / "run.json").read_text())["num_processes"] == 1
 
 
+def test_a_save_waits_for_all_ranks_and_removes_the_old_only_after_the_new_is_complete(tmp_path, monkeypatch):
+    seen, rmtree = [], shutil.rmtree
+
+    def watched(path, **options):
+        seen.append(f"delete {Path(path).name} beside {' '.join(names(run.checkpoints))}")
+        rmtree(path, **options)
+
+    with RunFolder(tmp_path) as run:
+        fake_checkpoint(tmp_path, 2)
+        monkeypatch.setattr(shutil, "rmtree", watched)
+        with run.checkpoint(4, keep=1, barrier=lambda: seen.append(f"wait, {' '.join(names(run.checkpoints))}")):
+            seen.append("body")
+    assert seen == [
+        "wait, .step-000004 step-000002", "body", "wait, .step-000004 step-000002",
+        "delete .step-000004 beside step-000002 step-000004",  # what is left of a save that failed: nothing here
+        "delete .step-000002 beside .step-000002 step-000004"]
+
+
+def test_a_checkpoint_lists_its_files_and_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(str(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path / "checkpoints")))
+        fsync(descriptor)
+
+    with RunFolder(tmp_path) as run:
+        monkeypatch.setattr(os, "fsync", watched)
+        with run.checkpoint(4, keep=1) as folder:
+            (folder / "model").mkdir()
+            (folder / "model" / "weights").write_text("abc")
+            (folder / "optimizer.pt").write_text("")
+    inside = [".", "model", "model/weights", "optimizer.pt", "run.json"]
+    assert sorted(synced[:-1]) == sorted(str(Path(".step-000004", name)) for name in inside) and synced[-1] == "."
+    files = json.loads((run.checkpoints / "step-000004" / "run.json").read_text())["files"]
+    assert files == {"model/weights": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()},
+                     "optimizer.pt": {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}
+
+
+def test_only_step_folders_are_checkpoints_and_nothing_else_is_deleted(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("step-000002-good", ".step-000001", ".mine", "step-last", "step-"):
+        (checkpoints / name).mkdir(parents=True)
+    for name in (".DS_Store", "step-000099", ".step-000098", "notes.txt"):
+        (checkpoints / name).write_text("")
+    with RunFolder(tmp_path) as run:
+        assert run.find_resume(config_in(tmp_path, resume="none")) is None
+        assert run.find_resume(config_in(tmp_path, resume="auto")) is None
+        for step in (3, 4):
+            with run.checkpoint(step, keep=1):
+                pass
+    assert names(checkpoints) == [".DS_Store", ".mine", ".step-000098", "notes.txt", "step-", "step-000002-good",
+                                  "step-000004", "step-000099", "step-last"]  # .step-000001: of a save that was killed
+
+
+DAMAGE = {  # what was done to a checkpoint: (how, what is said)
+    "missing": (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "cut": (lambda folder: (folder / "optimizer.pt").write_text(""), "optimizer.pt has 0 bytes instead of 23"),
+    "changed": (lambda folder: (folder / "optimizer.pt").write_text("optimizer.pt of step 21"),
+                "optimizer.pt: sha256 differs"),
+    "no run.json": (lambda folder: (folder / "run.json").unlink(), "run.json is missing"),
+    "half a run.json": (lambda folder: (folder / "run.json").write_text('{"num'), "run.json cannot be read"),
+    "another run.json": (lambda folder: (folder / "run.json").write_text("[]"), "run.json cannot be read"),
+    "empty run.json": (lambda folder: (folder / "run.json").write_text("{}"), "run.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(kind, tmp_path, capsys):
+    damage, words = DAMAGE[kind]
+    config = config_in(tmp_path / "run", resume="auto")
+    with RunFolder(tmp_path / "run") as run:
+        run.start(config)
+        first, second = fake_checkpoint(run.folder, 10), fake_checkpoint(run.folder, 20)
+        damage(second)
+        assert run.find_resume(config) == first
+        said = capsys.readouterr().out
+        assert f"{second} is damaged: {words}" in said and f"the one before, {first}" in said
+    for path in (second, run.folder):
+        with RunFolder(tmp_path / "new") as new, pytest.raises(ConfigError, match=f"{second} is damaged: {words}"):
+            new.find_resume(config_in(new.folder, resume=str(path)))
+    with RunFolder(run.folder) as run:  # it is set aside: the new one of its step must not be taken for saved before
+        run.start(config, run.find_resume(config))
+        with run.checkpoint(20, keep=1) as folder:
+            (folder / "optimizer.pt").write_text("new")
+        aside, newest = sorted(run.checkpoints.iterdir(), key=lambda path: len(path.name), reverse=True)
+        assert aside.name.startswith("step-000020-damaged-") and (newest / "optimizer.pt").read_text() == "new"
+
+
+def test_a_run_without_any_sound_checkpoint_is_not_silently_started_again(tmp_path):
+    config = config_in(tmp_path, resume="auto")
+    with RunFolder(tmp_path) as run:
+        run.start(config)
+        for step in (10, 20):
+            (fake_checkpoint(tmp_path, step) / "optimizer.pt").unlink()
+        with pytest.raises(ConfigError) as caught:
+            run.find_resume(config)
+    for word in ("step-000010 is damaged", "step-000020 is damaged", "no sound checkpoint is left"):
+        assert word in str(caught.value)
+
+
+def test_checkpoints_of_older_versions_are_accepted_with_a_note(tmp_path, capsys):
+    config = config_in(tmp_path, resume="auto")
+    with RunFolder(tmp_path) as run:
+        run.start(config)
+        checkpoint = fake_checkpoint(tmp_path, 10)
+        (checkpoint / "run.json").write_text('{"num_processes": 1}')
+        assert run.find_resume(config) == checkpoint
+        assert f"{checkpoint} is of an older version" in capsys.readouterr().out
+        (checkpoint / "optimizer.pt").unlink()
+        with pytest.raises(ConfigError, match="optimizer.pt is missing"):
+            run.find_resume(config)
+
+
 def test_resume_none_refuses_a_used_folder(tmp_path):
     with RunFolder(tmp_path) as run:
         assert run.find_resume(config_in(tmp_path, resume="none")) is None
@@ -147,31 +273,104 @@ def test_resume_auto_takes_the_newest_checkpoint_and_lists_differences(tmp_path)
         assert "detector.image_size: was 1280, now 64" in str(caught.value) and "resume:" not in str(caught.value)
 
 
-def test_resume_auto_needs_the_same_number_of_processes(tmp_path):
-    config = config_in(tmp_path, resume="auto")
-    with RunFolder(tmp_path) as run:
-        run.start(config)
-        fake_checkpoint(tmp_path, 10, processes=2)
-        with pytest.raises(ConfigError, match="processes: was 2, now 1"):
-            run.find_resume(config)
+@pytest.mark.parametrize("was, now, start", [(2, 1, "torchrun --nproc_per_node 2"), (1, 2, "without torchrun")])
+def test_a_resume_needs_the_same_number_of_processes(was, now, start, tmp_path, monkeypatch):
+    with RunFolder(tmp_path / "run") as run:
+        run.start(config_in(run.folder))
+        checkpoint = fake_checkpoint(run.folder, 10, processes=was)
+    monkeypatch.setenv("WORLD_SIZE", str(now))
+    for folder, resume in ((tmp_path / "run", "auto"), (tmp_path / "new", checkpoint)):
+        with RunFolder(folder) as run, pytest.raises(ConfigError) as caught:
+            run.find_resume(config_in(folder, resume=str(resume)))
+        assert f"processes: was {was}, now {now}" in str(caught.value) and start in str(caught.value)
+        assert "--output_dir NEW can" not in str(caught.value)
 
 
-def test_resume_from_a_path_may_change_the_config_in_another_folder(tmp_path, capsys):
-    old = tmp_path / "old"
-    with RunFolder(old) as run:
-        run.start(config_in(old))
-    first, last = fake_checkpoint(old, 10), fake_checkpoint(old, 20)
-    with RunFolder(tmp_path / "new") as run:
-        changed = config_in(tmp_path / "new", max_steps=99)
-        assert run.find_resume(dataclasses.replace(changed, resume=str(first))) == first
-        assert "max_steps: was None, now 99" in capsys.readouterr().out
-        assert run.find_resume(dataclasses.replace(changed, resume=str(old))) == last
-        with pytest.raises(ConfigError, match="neither none, auto"):
-            run.find_resume(dataclasses.replace(changed, resume=str(tmp_path / "nothing")))
-    with RunFolder(old) as run:
-        assert run.find_resume(config_in(old, resume=str(last))) == last
-        with pytest.raises(ConfigError, match="branch off"):
-            run.find_resume(config_in(old, resume=str(first)))
+@pytest.fixture
+def old_run(tmp_path):
+    """A run folder with checkpoints of steps 10 and 20."""
+    with RunFolder(tmp_path / "old") as run:
+        run.start(config_in(run.folder, vision_model="org/tower", language_model=str(tmp_path / "gone" / "llm")))
+    fake_checkpoint(run.folder, 10), fake_checkpoint(run.folder, 20)
+    return run.folder
+
+
+def resume_in(folder, checkpoint, **changes):
+    """What find_resume says to `--resume checkpoint --output_dir folder`, with the settings of `old_run`."""
+    bases = {"vision_model": "org/tower", "language_model": str(Path(folder).parent / "gone" / "llm")}
+    with RunFolder(folder) as run:
+        return run.find_resume(config_in(folder, resume=str(checkpoint), **(bases | changes)))
+
+
+def test_resume_from_a_path_applies_another_config_and_says_so(old_run, tmp_path, capsys):
+    first = old_run / "checkpoints" / "step-000010"
+    changes = {"max_steps": 99, "learning_rate": 0.002, "dtype": "float32", "init_from": "elsewhere",
+               "detector": Detector(image_size=64)}
+    assert resume_in(tmp_path / "new", first, **changes) == first
+    assert capsys.readouterr().out.splitlines() == [
+        "resume: init_from: was None, now elsewhere: not used: the weights are in the checkpoint",
+        "resume: dtype: was bfloat16, now float32: applied",
+        "resume: max_steps: was None, now 99: applied",
+        "resume: learning_rate: was 0.001, now 0.002: applied",
+        "resume: detector.image_size: was 1280, now 64: applied"]
+    stage3 = fake_checkpoint(old_run, 30, reference_sha256="0")  # the KL's reference policy is read from init_from
+    resume_in(tmp_path / "new", stage3, init_from="elsewhere")
+    assert capsys.readouterr().out == "resume: init_from: was None, now elsewhere: applied\n"
+
+
+def test_what_a_checkpoint_fixes_is_refused_in_one_message(old_run, tmp_path):
+    (tmp_path / "gone" / "llm").mkdir(parents=True)
+    changes = {"vision_model": "org/other", "language_model": "org/llm-2", "num_frames": 8, "pooling": 9, "lora_r": 5,
+               "lora_alpha": 9, "lora_dropout": 0.2, "learning_rate": 0.5}
+    with pytest.raises(ConfigError) as caught:
+        resume_in(tmp_path / "new", old_run, **changes)
+    assert "7 problems" in str(caught.value) and "learning_rate" not in str(caught.value)
+    for key in set(changes) - {"learning_rate"}:
+        assert f"  - {key}: was " in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        resume_in(old_run, "auto", lora_r=5)
+    assert "--output_dir NEW can" not in str(caught.value)
+
+
+def test_base_models_may_have_moved(old_run, tmp_path, capsys):
+    newest = old_run / "checkpoints" / "step-000020"
+    assert resume_in(tmp_path / "new", old_run, vision_model="/models/tower", language_model="/models/other") == newest
+    assert "language_model: was" in capsys.readouterr().out  # the old folder is gone, so the new one may be it
+    with pytest.raises(ConfigError, match="vision_model: was org/tower, now /models/other"):
+        resume_in(tmp_path / "new", old_run, vision_model="/models/other")  # a hub name is not a folder that is gone
+
+
+def test_keys_of_another_version_are_not_fixed(old_run, tmp_path):
+    text = (old_run / "config.yaml").read_text()
+    (old_run / "config.yaml").write_text(text.replace("pooling: 3\n", ""))
+    assert resume_in(tmp_path / "new", old_run)
+
+
+def test_resume_from_a_path_needs_the_config_of_the_checkpoint(old_run, tmp_path):
+    (old_run / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="config.yaml is missing"):
+        resume_in(tmp_path / "new", old_run)
+
+
+def test_resume_from_a_path_may_branch_off_into_an_empty_folder_only(old_run, tmp_path):
+    first, last = (old_run / "checkpoints" / name for name in ("step-000010", "step-000020"))
+    new = tmp_path / "new"
+    assert resume_in(new, first) == first and resume_in(new, old_run) == last and resume_in(old_run, last) == last
+    with pytest.raises(ConfigError, match="neither none, auto"):
+        resume_in(new, tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="branch off"):
+        resume_in(old_run, first)
+    fake_checkpoint(new, 5)
+    with pytest.raises(ConfigError, match="holds checkpoints up to step-000005; continue it with --resume auto"):
+        resume_in(new, last)
+    shutil.rmtree(new / "checkpoints")
+    for folder in (new, old_run):
+        (folder / "model").mkdir()
+        (folder / "model" / "drivevlm.json").write_text("{}")
+    with pytest.raises(ConfigError, match="already holds a finished model"):
+        resume_in(new, last)
+    with pytest.raises(ConfigError, match="branch off"):
+        resume_in(old_run, last)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------

@@ -3,13 +3,17 @@
     config.yaml  train.log  metrics.jsonl  curves.png  runs/ (TensorBoard)  checkpoints/step-000010/  model/
 
 A checkpoint is model/ (a checkpoint folder), optimizer.pt and run.json: order of clips, learning rate and dropout are
-functions of (seed, step, rank), so there is no other state.
+functions of (seed, step, rank), so there is no other state. run.json also lists size and hash of every other file, and
+a checkpoint is compared with that list before a run continues from it.
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
 import shutil
 import sys
 import time
@@ -18,6 +22,7 @@ from pathlib import Path
 from training.common import (
     ConfigError,
     fail,
+    file_sha256,
     git_commit,
     print0,
     process_rank,
@@ -41,7 +46,7 @@ class RunFolder:
         self.folder = Path(folder)
         self.checkpoints, self.model_folder = self.folder / "checkpoints", self.folder / "model"
         self.main = process_rank()[0] == 0
-        self._row, self._writer, self._log = {}, None, None
+        self._row, self._writer, self._log, self._damaged = {}, None, None, []
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.folder / ".lock")
@@ -69,6 +74,8 @@ class RunFolder:
         processes = process_rank()[1]
         header = f"# {command}\n# commit {git_commit()}, processes {processes}\n"
         write_text(self.folder / "config.yaml", header + resolved)
+        for damaged in self._damaged:  # the run saves these steps again
+            damaged.rename(damaged.with_name(f"{damaged.name}-damaged-{time.time_ns()}"))
         step = checkpoint_step(checkpoint) if checkpoint else -1
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             if (self.folder / name).is_file():
@@ -146,62 +153,106 @@ class RunFolder:
         self.flush()
         final = self.checkpoints / f"step-{step:06d}"
         temporary = final.with_name(f".{final.name}")
-        if self.main:
-            self.checkpoints.mkdir(exist_ok=True)
-            for leftover in self.checkpoints.glob(".*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir()
-            write_json(temporary / "run.json", {"num_processes": process_rank()[1], "commit": git_commit(), **state},
-                       indent=2)
-        barrier()
-        yield temporary
-        barrier()
-        if self.main:
-            if final.exists():  # saved before, with the same weights
-                shutil.rmtree(temporary)
-            else:
+        try:
+            if self.main:
+                self.checkpoints.mkdir(exist_ok=True)
+                for leftover in step_folders(self.checkpoints, prefix=".step-"):  # of saves that were killed
+                    shutil.rmtree(leftover)
+                temporary.mkdir()
+            barrier()
+            yield temporary
+            barrier()
+            if self.main and not final.exists():  # it exists if this run saved it before, with the same weights
+                run = {"num_processes": process_rank()[1], "commit": git_commit(), **state}
+                write_json(temporary / "run.json", {**run, "files": list_files(temporary)}, indent=2)
+                sync_to_disk(temporary)
                 temporary.rename(final)
-            old = sorted(self.checkpoints.glob("step-[0-9]*"), key=checkpoint_step)[:-keep]
-            for folder in old:  # renamed first: a half-deleted folder must not look like a checkpoint
+                sync_to_disk(self.checkpoints, subfolders=False)
+        finally:
+            if self.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if self.main:
+            for folder in step_folders(self.checkpoints)[:-keep]:
+                # renamed first: a half-deleted folder must not look like a checkpoint
                 shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
 
     def find_resume(self, config) -> Path | None:
         """The checkpoint that `config.resume` continues from, None for a fresh start; ConfigError if that is refused.
 
-        none: the folder must hold no checkpoints and no model. auto: its newest checkpoint, if the config is the same.
-        A path: that checkpoint (or a run folder's newest); another config is allowed there, and printed.
+        none: the folder must hold no checkpoints and no model. auto: its newest sound checkpoint, if the config is the
+        same. A path: that checkpoint (or a run folder's newest); another config is allowed there, and printed, except
+        for the keys that a checkpoint fixes. The number of processes must be the checkpoint's: it decides the sums.
         """
         newest, resume = last_checkpoint(self.folder), config.resume
         if resume == "none":
-            if newest or self.finished:
-                what = f"checkpoints up to {newest.name}" if newest else "a finished model"
-                fail([f"output_dir: {self.folder} already holds {what}; continue with --resume auto, "
-                      "or give another --output_dir, or remove the folder"])
+            self._refuse_used_folder(newest)
             return None
         if resume == "auto":
-            checkpoint, source = newest, self.folder
+            checkpoint, source = self._newest_sound_checkpoint(), self.folder
             if checkpoint is None:
                 return None
         else:
             checkpoint, source = self._checkpoint_to_branch_from(Path(resume), newest)
-        differences = config_differences(config, source)
-        processes = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["num_processes"]
-        if processes != process_rank()[1]:
-            differences.append(f"processes: was {processes}, now {process_rank()[1]}")
-        if differences and resume == "auto":
-            fail(differences, title=f"{source} was started with another configuration, --resume auto cannot continue "
-                                    f"(--resume {checkpoint} --output_dir NEW can)")
-        for difference in differences:
-            print0(f"resume: {difference}")
+        state = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+        if "files" not in state:
+            print0(f"resume: {checkpoint} is of an older version and does not list its files: it was not verified")
+        self._compare_settings(config, checkpoint, source, state)
         return checkpoint
 
+    def _refuse_used_folder(self, newest):
+        if newest or self.finished:
+            what = f"checkpoints up to {newest.name}" if newest else "a finished model"
+            fail([f"output_dir: {self.folder} already holds {what}; continue it with --resume auto, "
+                  "or give another --output_dir, or remove the folder"])
+
+    def _compare_settings(self, config, checkpoint, source, state):
+        """Refuse differences that --resume does not allow, all in one message; print those that it applies."""
+        differences = config_differences(config, source)
+        lines = {key: f"{key}: was {old}, now {new}" for key, (old, new) in differences.items()}
+        fixed = [lines[key] for key, (old, new) in differences.items() if is_fixed(key, old, new)]
+        was, now = state["num_processes"], process_rank()[1]
+        if was != now:
+            start = f"torchrun --nproc_per_node {was}" if was > 1 else "python, without torchrun"
+            fixed.append(f"processes: was {was}, now {now}; continue with {was} ({start}): "
+                         "another number would not give the same run")
+        if config.resume == "auto" and (differences or fixed):
+            hint = "" if fixed else f" (--resume {checkpoint} --output_dir NEW can)"
+            refused = [line for line in lines.values() if line not in fixed] + fixed
+            fail(refused, title=f"{source} was started with another configuration, --resume auto cannot continue{hint}")
+        if fixed:
+            fail(fixed, title=f"{checkpoint} can only be continued with the values that it was made with")
+        for key, line in lines.items():
+            unused = key == "init_from" and "reference_sha256" not in state  # only stage 3 reads it again
+            print0(f"resume: {line}: {'not used: the weights are in the checkpoint' if unused else 'applied'}")
+
+    def _newest_sound_checkpoint(self):
+        """None if there is no checkpoint at all. Damaged ones are passed over and printed; `start` sets them aside."""
+        damage, self._damaged = [], []
+        for checkpoint in reversed(step_folders(self.checkpoints)):
+            problems = checkpoint_problems(checkpoint)
+            if not problems:
+                if damage:
+                    print0("\n".join(f"resume: {line}" for line in damage))
+                    print0(f"resume: continuing from the one before, {checkpoint}")
+                return checkpoint
+            damage.append(f"{checkpoint} is damaged: {'; '.join(problems)}")
+            self._damaged.append(checkpoint)
+        if damage and not self.finished:
+            fail([*damage, "no sound checkpoint is left: start again with another --output_dir, or remove the folder"])
+        return None
+
     def _checkpoint_to_branch_from(self, given, newest):
-        checkpoint = given if given.name.startswith("step-") and given.is_dir() else last_checkpoint(given)
+        is_checkpoint = given.is_dir() and re.fullmatch("step-[0-9]+", given.name)
+        checkpoint = given if is_checkpoint else last_checkpoint(given)
         if checkpoint is None:
             fail([f"resume: {given} is neither none, auto, a checkpoint (.../step-000010) nor a run folder"])
         source = checkpoint.resolve().parent.parent
         if source == self.folder.resolve() and (self.finished or newest.name != checkpoint.name):
             fail([f"resume: {self.folder} is already past {checkpoint.name}; give another --output_dir to branch off"])
+        if source != self.folder.resolve():
+            self._refuse_used_folder(newest)
+        if problems := checkpoint_problems(checkpoint):
+            fail([f"resume: {checkpoint} is damaged: {'; '.join(problems)}; give another checkpoint"])
         return checkpoint, source
 
     # ---- the end
@@ -230,28 +281,104 @@ class RunFolder:
         self.close()
 
 
+# ---- checkpoints on disk ---------------------------------------------------------------------------------------------
+
+
+def step_folders(folder, prefix="step-") -> list[Path]:
+    """Folders named exactly step-<digits>, oldest first; whatever else lies beside them is not ours."""
+    found = [path for path in Path(folder).glob(f"{prefix}*")
+             if re.fullmatch(re.escape(prefix) + "[0-9]+", path.name) and path.is_dir()]
+    return sorted(found, key=checkpoint_step)
+
+
 def last_checkpoint(folder) -> Path | None:
-    """The newest complete checkpoint under a run folder's `checkpoints/`."""
-    return max(Path(folder, "checkpoints").glob("step-[0-9]*"), key=checkpoint_step, default=None)
+    """The newest checkpoint under a run folder's `checkpoints/`."""
+    return next(reversed(step_folders(Path(folder, "checkpoints"))), None)
 
 
 def checkpoint_step(checkpoint) -> int:
     """checkpoints/step-000010 -> 10"""
-    return int(Path(checkpoint).name.removeprefix("step-"))
+    return int(Path(checkpoint).name.removeprefix(".").removeprefix("step-"))
 
 
-def config_differences(config, folder) -> list[str]:
-    """Keys whose values differ from those in `folder`/config.yaml, except resume and output_dir."""
+def list_files(folder) -> dict[str, dict]:
+    """{relative path: {"bytes", "sha256"}} of all files in a folder."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in paths}
+
+
+def checkpoint_problems(checkpoint) -> list[str]:
+    """What is damaged in a checkpoint, compared with the list of files in its run.json; [] where nothing is.
+
+    Checkpoints of older versions have no such list: their files only have to be there. Under torchrun every rank
+    verifies for itself, so that all come to the same answer without talking: they read the same files, about one
+    gigabyte for the real models, which takes a few seconds once per start.
+    """
+    try:
+        state = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+        files = state.get("files", dict.fromkeys(("optimizer.pt", "model/drivevlm.json")))
+        state["num_processes"]
+    except FileNotFoundError:
+        return ["run.json is missing"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return [f"run.json cannot be read ({type(error).__name__}: {error})"]
+    found = []
+    for name, saved in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif saved and path.stat().st_size != saved["bytes"]:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {saved['bytes']}")
+        elif saved and file_sha256(path) != saved["sha256"]:
+            found.append(f"{name}: sha256 differs")
+    return found
+
+
+def sync_to_disk(folder, subfolders=True):
+    """Wait until a folder's entries, and with `subfolders` all that is in it, are on the disk.
+
+    Without it a rename can reach the disk before what it names: after a power cut, a checkpoint of empty files.
+    """
+    for path in [*(sorted(Path(folder).rglob("*"), reverse=True) if subfolders else []), Path(folder)]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
+# ---- another configuration than the checkpoint's ---------------------------------------------------------------------
+
+# What a checkpoint's weights and optimizer state were computed with. The model is built from the checkpoint, so other
+# values would be ignored (pooling, LoRA's) or would fit the weights by chance only (base models, frames).
+FIXED_KEYS = ("vision_model", "language_model", "num_frames", "pooling", "lora_r", "lora_alpha", "lora_dropout")
+
+
+def is_fixed(key: str, old, new) -> bool:
+    """True if a checkpoint cannot be continued with this change. A base model may have moved."""
+    if key not in FIXED_KEYS or "not set" in (old, new):  # the key of another stage or version
+        return False
+    if key in ("vision_model", "language_model"):
+        gone = Path(old).is_absolute() and not Path(old).exists()
+        return not gone and Path(old).name != Path(new).name
+    return True
+
+
+def config_differences(config, folder) -> dict[str, tuple]:
+    """{key: (old, new)} of the values that differ from `folder`/config.yaml, except resume and output_dir."""
     from omegaconf import OmegaConf
 
     path = Path(folder) / "config.yaml"
     if not path.is_file():
-        return [f"{path} is missing"]
+        fail([f"resume: {path} is missing; it says what the checkpoints were made with, so put it back"])
     old = _dotted(OmegaConf.to_container(OmegaConf.load(path)))
     new = _dotted(dataclasses.asdict(config))
-    keys = [key for key in {**new, **old} if key not in ("resume", "output_dir")]
-    return [f"{key}: was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
-            for key in keys if old.get(key) != new.get(key)]
+    pairs = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in {**new, **old}}
+    return {key: pair for key, pair in pairs.items() if key not in ("resume", "output_dir") and pair[0] != pair[1]}
 
 
 def _dotted(tree: dict, prefix="") -> dict[str, object]:
