@@ -309,8 +309,7 @@ def test_policy_log_probs_are_those_of_the_sampler_at_another_temperature(odd):
 
 
 def test_the_kl_is_measured_against_stage_2_and_not_against_the_trained_adapter(odd):
-    kls = [odd[3].rows[step]["kl"] for step in range(2, STEPS + 1)]
-    assert min(kls) > 0 and kls[-1] > kls[0]
+    assert all(odd[3].rows[step]["kl"] > 1e-4 for step in range(1, STEPS + 1))  # from the second inner epoch on
 
 
 def test_advantages_are_those_of_advantage_scale_and_std_floor(odd):
