@@ -7,11 +7,12 @@ export YOLO_AUTOINSTALL := false
 export YOLO_OFFLINE := true
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test results base-models lint clean help
+.PHONY: demo test test-slow results base-models lint clean help
 
 help:
 	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 9 minutes on 2 cores)"
 	@echo "make test         all tests (about 2 minutes on 2 cores)"
+	@echo "make test-slow    long runs that watch memory and files (about 3 minutes)"
 	@echo "make results      the demo plus what takes longer: several seeds, sampled answers, the control"
 	@echo "make base-models  build what is missing in demo/base/ from the toy world (tens of minutes)"
 	@echo "make lint         ruff"
@@ -34,7 +35,10 @@ results: $(STAMP)
 	@$(BIN)/python -m demo.run --results
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
+	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -q -m slow -s
 
 base-models: $(STAMP)
 	@$(BIN)/python -m demo.base_models
