@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import faulthandler
 import io
 import json
 import multiprocessing
@@ -378,6 +379,18 @@ def test_paths_stay_inside_the_video_root(tmp_path):
     assert resolve_video(link, "d/x.mp4").name == "x.mp4"
     (root / unicodedata.normalize("NFD", "é.mp4")).write_bytes(b"clip")
     assert resolve_video(root, "é.mp4").exists()
+
+
+def test_a_path_that_is_too_long_is_an_error_of_its_row(tmp_path):
+    long = Entry("x#copilot", "x" * 300 + ".mp4", "copilot", MODES["copilot"], ("A car.",))
+    with pytest.raises(dataset.RowError, match="too long") as error:
+        resolve_video(tmp_path, long.video)
+    assert error.value.code == "missing_video"
+    with pytest.raises(DataError, match="no such file: 'xxx.*too long"):
+        split_by_video([long, *both("a.mp4")], 1, video_root=tmp_path)
+    for read in (Clip, lambda path: read_frames(path, 2, 96), lambda path: cached_frames(path, 2, 96, tmp_path)):
+        with pytest.raises(VideoError, match="File name too long"):
+            read(tmp_path / long.video)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -800,7 +813,7 @@ def test_processes_share_a_cache(tiny, tmp_path, decodes):
 # Clips that hang or crash the decoder
 
 REASONS = {
-    "hangs.mp4": "decoding did not finish within 0.5 s and was stopped",
+    "hangs.mp4": "decoding did not finish within 2 s and was stopped",
     "crashes.mp4": "decoding crashed (SIGSEGV)",
     "exits.mp4": "decoding ended with exit code 3",
     "raises.mp4": "damaged",
@@ -816,6 +829,7 @@ def bad_decoder(monkeypatch):
         if path.name == "hangs.mp4":
             ctypes.PyDLL(None).sleep(1000)  # holds Python's lock, as decord does
         if path.name == "crashes.mp4":
+            faulthandler.disable()  # pytest's would print a trace
             os.kill(os.getpid(), signal.SIGSEGV)
         if path.name == "exits.mp4":
             os._exit(3)
@@ -824,7 +838,7 @@ def bad_decoder(monkeypatch):
         return decode(path, *args)
 
     monkeypatch.setattr(dataset, "read_frames", read)
-    monkeypatch.setattr(dataset, "DECODE_TIMEOUT", 0.5)
+    monkeypatch.setattr(dataset, "DECODE_TIMEOUT", 2.0)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -834,7 +848,7 @@ def test_a_clip_that_hangs_or_crashes_the_decoder_is_named(tmp_path, bad_decoder
     begin = time.monotonic()
     with pytest.raises(VideoError) as error:
         cached_frames(tmp_path / name, 4, 96, tmp_path / "cache" if cache else None)
-    assert str(error.value) == f"{tmp_path / name}: {REASONS[name]}" and time.monotonic() - begin < 5
+    assert str(error.value) == f"{tmp_path / name}: {REASONS[name]}" and time.monotonic() - begin < 30
     assert not psutil.Process().children() and not cache_files(tmp_path)
 
 
@@ -979,6 +993,18 @@ def test_a_broken_clip_is_reported_and_never_replaced(make_dataset, tiny, tmp_pa
     assert (batch["input_ids"] == placeholder_id(qwen)).sum() == 8
 
 
+def test_answers_that_were_cut_are_counted(make_dataset, tiny, qwen, tmp_path):
+    short = load_entries(tiny.data)[1]
+    long = replace(short, id="long#copilot", captions=("The car stops at the light. " * 30,))
+    lost = replace(long, id="lost#copilot", video="lost.mp4")
+    ds = make_dataset([short, long, lost, long], max_text_tokens=60)
+    assert [ds[i]["cut"] for i in range(4)] == [False, True, False, True]
+    batch = collate([ds[i] for i in range(4)], qwen.pad_token_id)
+    assert batch["num_cut"] == 2 and len(batch["ids"]) == 3
+    assert collate([ds[2]], qwen.pad_token_id)["num_cut"] == 0
+    assert set(encode_example(qwen, long.question, long.captions[0], 1, 60)) == {"input_ids", "labels"}
+
+
 def test_collate_pads_to_the_longest_and_masks_by_position(make_dataset, tiny, llama):
     ds = make_dataset()
     ds.tokenizer = llama  # pads with its eos
@@ -1017,7 +1043,6 @@ def test_a_loader_names_clips_that_hang_or_crash_the_decoder(make_dataset, qwen,
     ds = make_dataset([both(name)[0] for name in (*REASONS, "bus.mp4")], video_root=tmp_path)
     loader = torch.utils.data.DataLoader(ds, batch_size=5, num_workers=num_workers,
                                          collate_fn=lambda rows: collate(rows, qwen.pad_token_id))
-    for _ in range(2):
-        batch, = list(loader)
-        assert batch["ids"] == ["bus#microscope"]
-        assert batch["errors"] == [f"{tmp_path / name}: {reason}" for name, reason in REASONS.items()]
+    batch, = list(loader)
+    assert batch["ids"] == ["bus#microscope"]
+    assert batch["errors"] == [f"{tmp_path / name}: {reason}" for name, reason in REASONS.items()]
