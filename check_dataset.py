@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from training.common import fail, load_config, run_main, write_json, write_text
+from training.common import fail, file_sha256, load_config, run_main, write_json, write_text
 from training.config import CheckConfig
 
 if __name__ == "__main__":  # answer --help and mistyped flags before the slow imports
@@ -64,7 +64,7 @@ CODES = {  # what a code means, and what to do
     "hung_video": "Decoding took longer than clip_timeout and was stopped. Encode the clip again.",
     "duplicate_entry": "Another row has the same clip, mode and captions.",
     "ambiguous_prompt": "One question is used for two modes, so the model cannot know which one is meant.",
-    "split_leak": "A clip, or a long caption, appears both in the training data and in the held-out data.",
+    "split_leak": "A clip, a copy of it, or a long caption is both in the training data and in the held-out data.",
     "end_token_lost": "The supervised text does not end with the end token: the model would never learn to stop.",
     "end_token_repeated": "The supervised text contains more than one end token.",
     "nothing_supervised": "No token of the answer is supervised. Raise max_text_tokens.",
@@ -83,7 +83,8 @@ CODES = {  # what a code means, and what to do
     "same_caption": "A training clip and a held-out clip have the same short caption.",
     "caption_length": "Unusual for the mode. Fine if intended; otherwise check that the modes are not mixed up.",
     "caption_cut": "Longer than max_text_tokens: cut at the end of a sentence; the end token is kept.",
-    "duplicate_clip": "Two files hold the same clip.",
+    "duplicate_clip": "Two files on one side of the split hold the same clip.",
+    "similar_clip": "Held out and trained-on clips of one name that look alike: perhaps one clip, encoded twice.",
     "short_video": "The clip has fewer frames than num_frames, so some are repeated.",
     "small_video": f"Clips with a side under {SMALL_SIDE} px: distant objects cannot be seen.",
     "portrait_video": "Taller than wide after applying the rotation tag. Is the tag right?",
@@ -144,7 +145,7 @@ def main(argv=None) -> int:
     check_modes(rows, config, found)
     lengths = check_labels(rows, inputs, config, found)
     facts = {} if config.no_video else check_clips(clips, inputs, config, found)
-    check_clip_leaks(clips, facts, found)
+    check_clip_leaks(clips, facts, config, found)
     check_text_leaks(rows, found)
     check_other_data(rows, config, found)
 
@@ -323,33 +324,49 @@ def count_words(entries: Iterable[Entry]) -> list[int]:
 # ---- clips and captions that appear on both sides of the split -------------------------------------------------------
 
 
-def check_clip_leaks(clips: dict[str, list[Row]], facts: dict, found: Findings) -> None:
+def check_clip_leaks(clips: dict[str, list[Row]], facts: dict, config, found: Findings) -> None:
     """Find clips that are on both sides of the split, and clips that are in the folder twice."""
-    same_name, same_content = defaultdict(list), defaultdict(list)
     for clip, rows in clips.items():
-        same_name[PurePosixPath(clip).stem.lower()].append(clip)
-        if clip in facts:
-            same_content[facts[clip]["content"]].append(clip)
         held_out, trained = [row for row in rows if row.held_out], [row for row in rows if not row.held_out]
         if held_out and trained:  # only `val_data` makes this possible
             found.add("error", "split_leak", f"{clip} ({trained[0].where})",
                       f"trained on, but also held out by {held_out[0].where}", trained)
+    same_content = {}  # clip -> another with the same bytes
+    for first, *others in find_copies(clips, facts, config):
+        for clip in others:
+            same_content[clip] = first
+            row, first_row = clips[clip][0], clips[first][0]
+            message = f"{row.side}; the same file as {first} ({first_row.where}), which is {first_row.side}"
+            level, code = ("warning", "duplicate_clip") if row.side == first_row.side else ("error", "split_leak")
+            found.add(level, code, f"{clip} ({row.where})", message, clips[clip])
+    same_name = defaultdict(list)
+    for clip in facts:
+        if clip not in same_content:
+            same_name[PurePosixPath(clip).stem.lower()].append(clip)
     for first, *others in same_name.values():
         for clip in others:
             row, first_row = clips[clip][0], clips[first][0]
-            if row.held_out != first_row.held_out and same_picture(facts.get(first), facts.get(clip)):
-                found.add("error", "split_leak", f"{clip} ({row.where})",
-                          f"{row.side}, but {first} of the same name is {first_row.side}", clips[clip])
-    for first, *others in same_content.values():
-        for clip in others:
-            row, first_row = clips[clip][0], clips[first][0]
-            found.add("warning", "duplicate_clip", f"{clip} ({row.where})",
-                      f"{row.side}; the same file as {first}, which is {first_row.side}")
+            if row.held_out != first_row.held_out and same_picture(facts[first], facts[clip]):
+                found.add("warning", "similar_clip", f"{clip} ({row.where})",
+                          f"{row.side}; it looks like {first} of the same name, which is {first_row.side}")
 
 
-def same_picture(one: dict | None, other: dict | None) -> bool:
-    """False only if both clips were decoded and clearly show different things."""
-    return not one or not other or np.abs(one["thumbnails"] - other["thumbnails"]).mean() <= SAME_PICTURE
+def find_copies(clips: dict[str, list[Row]], facts: dict, config) -> list[list[str]]:
+    """Groups of clips whose files hold the same bytes. Whole files are read only where sizes and beginnings agree."""
+    likely, same = defaultdict(list), defaultdict(list)
+    for clip in facts:
+        likely[facts[clip]["content"]].append(clip)
+    for content, group in likely.items():
+        for clip in group if len(group) > 1 else ():
+            path = dataset.resolve_video(config.video_root, clips[clip][0].entries[0].video)
+            same[content, file_sha256(path)].append(clip)
+    return list(same.values())
+
+
+def same_picture(one: dict, other: dict) -> bool:
+    """Do two clips last equally long and look alike at their start, middle and end?"""
+    alike = np.abs(one["thumbnails"] - other["thumbnails"]).mean() <= SAME_PICTURE
+    return bool(alike) and abs(one["seconds"] - other["seconds"]) < 0.5
 
 
 def check_text_leaks(rows: list[Row], found: Findings) -> None:
@@ -366,12 +383,15 @@ def check_text_leaks(rows: list[Row], found: Findings) -> None:
 
 
 def check_other_data(rows: list[Row], config, found: Findings) -> None:
-    """Find clips held out here that another stage's data file trains on; clips are matched by file name."""
+    """Find clips held out here that another stage's data file trains on.
 
-    def name(entry):
-        return Path(dataset.clip_key(entry.video)).stem
-
-    held_out = {name(entry) for row, entry in entries_of(rows) if row.held_out}
+    Clips are matched by their paths without suffix; one that is given without its folder matches every folder.
+    """
+    held_out = defaultdict(set)  # file name -> paths
+    for row, entry in entries_of(rows):
+        if row.held_out:
+            path = dataset.video_stem(dataset.clip_key(entry.video))
+            held_out[PurePosixPath(path).name].add(path)
     for file in config.other_data:
         try:
             train = dataset.load_entries(file, config.default_mode)
@@ -380,7 +400,11 @@ def check_other_data(rows: list[Row], config, found: Findings) -> None:
         except DataError as error:
             found.add("error", "unknown_format", file, str(error))
             continue
-        for clip in sorted(held_out & {name(entry) for entry in train}):
+        leaks = set()
+        for path in {dataset.video_stem(dataset.clip_key(entry.video)) for entry in train}:
+            others = held_out.get(PurePosixPath(path).name, ())
+            leaks |= {other for other in others if f"/{path}".endswith(f"/{other}") or other.endswith(f"/{path}")}
+        for clip in sorted(leaks):
             found.add("error", "split_leak", clip, f"held out here, but {file} trains on it")
 
 
@@ -533,8 +557,9 @@ def check_clips(clips: dict[str, list[Row]], inputs: Inputs, config, found: Find
 
 def check_clip(path: Path, config, image_size: int | None) -> dict:
     """Decode one clip. Returns its facts, or {"code", "reason"}."""
-    if not path.is_file():
-        return {"code": "missing_video", "reason": f"not a file: {path}" if path.exists() else f"no file {path}"}
+    if not os.path.isfile(path):
+        exists = os.path.exists(path)
+        return {"code": "missing_video", "reason": f"not a file: {path}" if exists else f"no file {path}"}
     try:
         with dataset.Clip(path) as clip:
             width, height = clip.size

@@ -8,6 +8,7 @@ frames of a clip and their cache (`Clip`, `read_frames`, `cached_frames`), and w
 
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ import os
 import posixpath
 import random
 import re
+import stat
 import unicodedata
 import zlib
 from collections.abc import Iterator
@@ -311,11 +313,17 @@ def clip_key(video: str, video_root=None) -> str:
 
 
 def resolve_video(video_root, video: str) -> Path:
-    """The clip's real path; raises RowError (`path_escape`) where it leads, by text or by link, out of the root."""
+    """The clip's real path; raises RowError where it leads, by text or by link, out of the root (`path_escape`), and
+    where it is longer than the file system allows (`missing_video`)."""
     if "\0" in video or "\\" in video or "://" in video or video.startswith(("/", "~")):
         raise RowError("path_escape", f"{video!r} must be a plain path relative to the video root")
     root = _real_root(str(video_root))
     path = os.path.realpath(os.path.join(root, video))
+    try:
+        os.stat(path)
+    except OSError as error:  # others are met again where the clip is opened
+        if error.errno == errno.ENAMETOOLONG:
+            raise RowError("missing_video", f"no such file: {video[:60]!r}... is too long for a file name") from error
     if not video.isascii() and not os.path.exists(path):  # macOS writes names as NFD, captions files hold mostly NFC
         spellings = [os.path.realpath(os.path.join(root, unicodedata.normalize(f, video))) for f in ("NFC", "NFD")]
         path = next(filter(os.path.exists, spellings), path)
@@ -483,6 +491,11 @@ def encode_example(tokenizer, question: str, answer: str, num_visual_tokens: int
     `max_text_tokens` counts all tokens but the visual ones. An answer that does not fit is cut (`fit_answer`); the
     end token always stays. Raises DataError where not even that has room, and for control tokens in the texts.
     """
+    return _encode_example(tokenizer, question, answer, num_visual_tokens, max_text_tokens)[0]
+
+
+def _encode_example(tokenizer, question, answer, num_visual_tokens, max_text_tokens) -> tuple[dict, bool]:
+    """(`encode_example`'s result, was the answer cut?)"""
     prompt = encode_prompt(tokenizer, question, num_visual_tokens)
     room = max_text_tokens - (len(prompt) - num_visual_tokens) - 1
     if room < 0:
@@ -490,9 +503,9 @@ def encode_example(tokenizer, question: str, answer: str, num_visual_tokens: int
             f"max_text_tokens is {max_text_tokens}, but the prompt's text and the end token take "
             f"{max_text_tokens - room}: {question[:60]!r}"
         )
-    answer_ids, _ = fit_answer(tokenizer, answer, room)
+    answer_ids, cut = fit_answer(tokenizer, answer, room)
     target = [*answer_ids, *chat_pieces(tokenizer).turn_end]
-    return {"input_ids": prompt + target, "labels": [IGNORE_INDEX] * len(prompt) + target}
+    return {"input_ids": prompt + target, "labels": [IGNORE_INDEX] * len(prompt) + target}, cut
 
 
 def fit_answer(tokenizer, answer: str, room: int) -> tuple[list[int], bool]:
@@ -545,9 +558,7 @@ class Clip:
 
     def __init__(self, path, size: tuple[int, int] | None = None):
         self.path = path = Path(path)
-        if not path.is_file():
-            raise VideoError(path, "no such file" if not path.exists() else "not a file")
-        if path.stat().st_size == 0:
+        if _stat_clip(path).st_size == 0:
             raise VideoError(path, "empty file (0 bytes)")
         # At the end of a clip decord polls its own decoding thread: a sound 720p clip needs up to 2,048 polls, and a
         # busy machine more than an idle one; the default gives up at 10,240.
@@ -608,6 +619,18 @@ def _reason(error: Exception) -> str:
             return reason
     line = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error).strip().split("\n")[0])
     return line[:200] or type(error).__name__
+
+
+def _stat_clip(path: Path) -> os.stat_result:
+    """Size and times of a clip's file; raises VideoError where there is none."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise VideoError(path, "no such file" if missing else error.strerror or str(error)) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise VideoError(path, "not a file")
+    return found
 
 
 def read_frames(path, num_frames: int, size: int) -> np.ndarray:
@@ -677,10 +700,8 @@ _warned_of_cache = set()
 def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str]:
     """(cache file, the key that it must hold); raises VideoError where there is no clip."""
     path = Path(path).resolve()
-    if not path.is_file():
-        raise VideoError(path, "no such file" if not path.exists() else "not a file")
-    stat = path.stat()
-    key = json.dumps([str(path), stat.st_size, stat.st_mtime_ns, num_frames, size, "decord"])
+    found = _stat_clip(path)
+    key = json.dumps([str(path), found.st_size, found.st_mtime_ns, num_frames, size, "decord"])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(cache_dir) / name[:2] / f"{name}.frames", key
 
@@ -716,10 +737,10 @@ def _write_cache(file: Path, key: str, frames: np.ndarray) -> None:
 class VideoInstructDataset(Dataset):
     """Examples for training and evaluation; `ds[(epoch, index)]`, or `ds[index]` for epoch 0.
 
-    An example is {"id", "frames" uint8 [T, S, S, 3], "input_ids", "labels" (lists of one length)}. A clip that cannot
-    be read is never replaced by another: its example has "error" ("path: reason"), black frames and no supervised
-    token, and `collate` leaves it out. Caption variant and augmentation depend on (seed, epoch, id) alone; with
-    `train=False` the answer is `captions[0]` and frames stay as they are.
+    An example is {"id", "frames" uint8 [T, S, S, 3], "input_ids", "labels" (lists of one length), "cut" (did the answer
+    not fit?)}. A clip that cannot be read is never replaced by another: its example has "error" ("path: reason"), black
+    frames and no supervised token, and `collate` leaves it out. Caption variant and augmentation depend on (seed,
+    epoch, id) alone; with `train=False` the answer is `captions[0]` and frames stay as they are.
     """
 
     def __init__(
@@ -739,7 +760,7 @@ class VideoInstructDataset(Dataset):
         entry = self.entries[index]
         draw = random.Random(f"{self.seed}/{epoch}/{entry.id}")  # seeded by the text: the same in every process
         caption = draw.choice(entry.captions) if self.train else entry.captions[0]
-        example = encode_example(
+        example, cut = _encode_example(
             self.tokenizer, entry.question, caption, self.num_visual_tokens, self.max_text_tokens
         )
         try:
@@ -748,10 +769,10 @@ class VideoInstructDataset(Dataset):
         except VideoError as error:
             example["labels"] = [IGNORE_INDEX] * len(example["labels"])
             black = torch.zeros(self.num_frames, self.image_size, self.image_size, 3, dtype=torch.uint8)
-            return {"id": entry.id, "error": str(error), "frames": black, **example}
+            return {"id": entry.id, "error": str(error), "frames": black, "cut": False, **example}
         if self.train:
             frames = augment(frames, draw)
-        return {"id": entry.id, "frames": torch.from_numpy(frames), **example}
+        return {"id": entry.id, "frames": torch.from_numpy(frames), "cut": cut, **example}
 
 
 def augment(frames: np.ndarray, draw: random.Random) -> np.ndarray:
@@ -766,7 +787,8 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
     """One batch, padded on the right to its longest row. Examples with an error are left out and listed.
 
     Returns {"frames" uint8 [B, T, S, S, 3], "input_ids" [B, L], "attention_mask" [B, L], "labels" [B, L], "ids",
-    "errors"}. If every example failed, the first is kept: it supervises nothing, so its loss is zero, with a graph.
+    "num_cut" (rows whose answer did not fit), "errors"}. If every example failed, the first is kept: it supervises
+    nothing, so its loss is zero, with a graph.
     """
     rows = [example for example in examples if "error" not in example] or examples[:1]
     length = max(len(row["input_ids"]) for row in rows)
@@ -784,5 +806,6 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
         "attention_mask": attention_mask,
         "labels": labels,
         "ids": [row["id"] for row in rows],
+        "num_cut": sum(row.get("cut", False) for row in rows),
         "errors": [example["error"] for example in examples if "error" in example],
     }

@@ -219,6 +219,15 @@ def seed_that_parts(rows, one, other, tmp_path):
             return seed
 
 
+def seed_that_joins(rows, one, other, tmp_path):
+    data = tmp_path / "probe.json"
+    data.write_text(json.dumps(rows))
+    for seed in range(100):
+        val = {e.video for e in split_by_video(load_entries(data), 2, seed)[1]}
+        if one not in val and other not in val:
+            return seed
+
+
 def test_leaks_across_the_split_are_found(tiny, check, tmp_path):
     videos = tmp_path / "videos"
     shutil.copytree(tiny.videos, videos)
@@ -229,11 +238,13 @@ def test_leaks_across_the_split_are_found(tiny, check, tmp_path):
     rows = [both(name) for name in names]
     seed = seed_that_parts(rows, "car.mp4", "sub/car.mp4", tmp_path)
     exit_code, report = check(rows, "--split_seed", seed, video_root=videos)
-    leaks = [p for p in report["problems"] if p["level"] == "error"]
-    assert exit_code == 1 and [(p["code"], p["where"].split()[0]) for p in leaks] == [("split_leak", "sub/car.mp4")]
-    assert codes(report)["duplicate_clip"] == 1
+    leak, = [p for p in report["problems"] if p["level"] == "error"]
+    assert exit_code == 1 and leak["code"] == "split_leak" and leak["where"].split()[0] == "sub/car.mp4"
+    assert "the same file as car.mp4 (rows.json row 2)" in leak["message"] and "duplicate_clip" not in codes(report)
     seed = seed_that_parts(rows, "bus.mp4", "sub/bus.mp4", tmp_path)
-    assert "split_leak" in codes(check(rows, "--split_seed", seed, "--no-video")[1])  # from the file names only
+    for flags in ([], ["--no-video"]):  # their name says nothing
+        report = check(rows, "--split_seed", seed, *flags, video_root=videos)[1]
+        assert not [p for p in report["problems"] if "bus" in p["where"] and p["code"] != "caption_length"]
 
     rows = [both(name) for name in names if "sub" not in name]
     rows[0]["microscope"] = rows[1]["microscope"] = [LONG]
@@ -241,6 +252,52 @@ def test_leaks_across_the_split_are_found(tiny, check, tmp_path):
     for one, other, code in ((0, 1, "split_leak"), (2, 3, "same_caption")):
         seed = seed_that_parts(rows, rows[one]["video"], rows[other]["video"], tmp_path)
         assert code in codes(check(rows, "--split_seed", seed, "--no-video")[1])
+
+
+def test_copies_of_a_clip_are_found_by_their_whole_content(check, tmp_path):
+    """Different clips of one name, size and beginning are no copies; copies under other names are."""
+    videos = tmp_path / "videos"
+    names = ["day/am/sub-0.mp4", "night/sub-0.mp4", *(f"{i}.mp4" for i in range(6))]
+    for seed, name in enumerate(names):
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        write_clip(videos / name, seed=seed)
+    content = (videos / "0.mp4").read_bytes() + bytes(1 << 20)  # decoders ignore what follows
+    (videos / "0.mp4").write_bytes(content + b"one")
+    (videos / "1.mp4").write_bytes(content + b"two")
+    (videos / "copy.mp4").write_bytes(content + b"two")
+    rows = [both(name) for name in [*names, "copy.mp4"]]
+    for one, other, code in (("day/am/sub-0.mp4", "night/sub-0.mp4", None), ("0.mp4", "1.mp4", None),
+                             ("1.mp4", "copy.mp4", "split_leak")):
+        seed = seed_that_parts(rows, one, other, tmp_path)
+        report = check(rows, "--split_seed", seed, video_root=videos)[1]
+        leaks = [p for p in report["problems"] if p["code"] == "split_leak"]
+        if code:
+            leak, = leaks
+            assert leak["level"] == "error" and leak["where"].startswith(other) and one in leak["message"]
+        assert all("copy.mp4" in leak["where"] for leak in leaks)
+    seed = seed_that_joins(rows, "1.mp4", "copy.mp4", tmp_path)
+    report = check(rows, "--split_seed", seed, video_root=videos)[1]
+    assert codes(report, "error") == {} and codes(report)["duplicate_clip"] == 1
+
+
+def test_a_clip_that_was_encoded_twice_is_a_warning(tiny, check, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    write_clip(videos / "car.mov", seed=0, codec="libx264")  # the scene of car.mp4
+    rows = [both(clip.name) for clip in sorted(videos.iterdir())]
+    seed = seed_that_parts(rows, "car.mp4", "car.mov", tmp_path)
+    exit_code, report = check(rows, "--split_seed", seed, video_root=videos)
+    assert exit_code == 0 and codes(report)["similar_clip"] == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-video"]])
+def test_a_path_that_is_too_long_is_a_problem_of_its_row(tiny, check, flags):
+    rows = [both(clip.name) for clip in tiny.videos.glob("*.mp4")]
+    for video in ("x" * 300 + ".mp4", "long/" * 1000 + "x.mp4", "é" * 200 + ".mp4"):
+        exit_code, report = check([*rows, both(video)], *flags)
+        problem, = [p for p in report["problems"] if p["level"] == "error"]
+        assert exit_code == 1 and problem["code"] == "missing_video" and problem["where"] == "rows.json row 7"
+        assert len(problem["message"]) < 200
 
 
 def test_a_clip_held_out_here_but_trained_on_by_another_stage_is_found(check, tiny, tmp_path):
@@ -255,6 +312,11 @@ def test_a_clip_held_out_here_but_trained_on_by_another_stage_is_found(check, ti
         exit_code, report = check(rows, "--no-video", "--other_data", other)
         leaks = [p for p in report["problems"] if p["code"] == "split_leak"]
         assert exit_code == 1 and leaks and all(str(other) in p["message"] for p in leaks)
+    more = [both(f"elsewhere/{name}") for name in names] + [both(f"more{i}.mp4") for i in range(40)]
+    other.write_text(json.dumps(more), encoding="utf-8")
+    assert "split_leak" in codes(check(rows, "--no-video", "--other_data", other)[1])  # `rows` names no folders
+    here = [both(f"here/{name}") for name in names]
+    assert "split_leak" not in codes(check(here, "--no-video", "--other_data", other)[1])
     other.write_text("{}", encoding="utf-8")
     assert "unknown_format" in codes(check(rows, "--no-video", "--other_data", other)[1])
 

@@ -1,18 +1,29 @@
 """Rows, split, renderer, clips, cache, dataset and collate, on small clips and tokenizers."""
 
+import ctypes
+import errno
+import faulthandler
+import io
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 import unicodedata
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import write_clip
+from conftest import ROOT, write_clip
 from transformers import AutoTokenizer
 
 import dataset
@@ -43,6 +54,7 @@ from dataset import (
     split_by_video,
     spread_over_time,
 )
+from training.workers import in_child
 
 
 def write_ramp(path, times, width=128, height=96, codec="mpeg4"):
@@ -369,6 +381,18 @@ def test_paths_stay_inside_the_video_root(tmp_path):
     assert resolve_video(root, "é.mp4").exists()
 
 
+def test_a_path_that_is_too_long_is_an_error_of_its_row(tmp_path):
+    long = Entry("x#copilot", "x" * 300 + ".mp4", "copilot", MODES["copilot"], ("A car.",))
+    with pytest.raises(dataset.RowError, match="too long") as error:
+        resolve_video(tmp_path, long.video)
+    assert error.value.code == "missing_video"
+    with pytest.raises(DataError, match="no such file: 'xxx.*too long"):
+        split_by_video([long, *both("a.mp4")], 1, video_root=tmp_path)
+    for read in (Clip, lambda path: read_frames(path, 2, 96), lambda path: cached_frames(path, 2, 96, tmp_path)):
+        with pytest.raises(VideoError, match="File name too long"):
+            read(tmp_path / long.video)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The renderer
 
@@ -685,6 +709,66 @@ def test_damaged_and_foreign_cache_files_are_replaced(tiny, tmp_path, decodes):
         assert len(decodes) == count and file.read_bytes() == sound
 
 
+def raise_disk_full(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("part", ["mkdir", "open", "write", "replace"])
+def test_a_full_disk_is_said_once_and_clips_are_decoded(tiny, tmp_path, monkeypatch, decodes, capsys, part):
+    class Full(io.BytesIO):
+        write = raise_disk_full
+
+    def open_full(path, mode="r", *args):
+        if "w" not in mode:
+            return open(path, mode, *args)
+        Path(path).write_bytes(b"begun")
+        return raise_disk_full() if part == "open" else Full()
+
+    monkeypatch.setattr(dataset, "_warned_of_cache", set())
+    if part in ("open", "write"):
+        monkeypatch.setattr(dataset, "open", open_full, raising=False)
+    else:
+        monkeypatch.setattr(*(Path, "mkdir") if part == "mkdir" else (os, "replace"), raise_disk_full)
+    for clip in ("car.mp4", "bus.mp4", "car.mp4"):
+        frames = cached_frames(tiny.videos / clip, 4, 96, tmp_path / "cache")
+        np.testing.assert_array_equal(frames, read_frames(tiny.videos / clip, 4, 96))
+    assert len(decodes) == 3 and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert capsys.readouterr().out == (f"frame_cache: cannot write {tmp_path / 'cache'}: No space left on device; "
+                                       "clips are decoded each time\n")
+
+
+def test_a_cache_that_cannot_be_read_is_said_once_and_clips_are_decoded(tiny, tmp_path, monkeypatch, decodes, capsys):
+    def forbid(path, mode="r", *args):
+        if ".frames" in str(path) and "r" in mode:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open(path, mode, *args)
+
+    whole = cached_frames(tiny.videos / "car.mp4", 4, 96, tmp_path)
+    monkeypatch.setattr(dataset, "_warned_of_cache", set())
+    monkeypatch.setattr(dataset, "open", forbid, raising=False)
+    for _ in range(2):
+        np.testing.assert_array_equal(cached_frames(tiny.videos / "car.mp4", 4, 96, tmp_path), whole)
+    assert len(decodes) == 3
+    assert capsys.readouterr().out == f"frame_cache: cannot read {tmp_path}: Permission denied; clips are decoded " \
+                                      "each time\n"
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("no folder")
+    np.testing.assert_array_equal(cached_frames(tiny.videos / "car.mp4", 4, 96, tmp_path / "file"), whole)
+
+
+@pytest.mark.parametrize("umask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o002, 0o664, 0o775)])
+def test_the_cache_obeys_the_umask(tiny, tmp_path, umask, file_mode, folder_mode):
+    """So that a group can share a cache."""
+    before = os.umask(umask)
+    try:
+        cached_frames(tiny.videos / "car.mp4", 2, 96, tmp_path / "cache")
+    finally:
+        os.umask(before)
+    file, = cache_files(tmp_path / "cache")
+    assert file.stat().st_mode & 0o777 == file_mode
+    assert [folder.stat().st_mode & 0o777 for folder in (file.parent, tmp_path / "cache")] == [folder_mode] * 2
+
+
 def test_an_unreadable_clip_leaves_nothing_in_the_cache(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
     for _ in range(2):
@@ -723,6 +807,120 @@ def test_processes_share_a_cache(tiny, tmp_path, decodes):
     for clip in clips:
         np.testing.assert_array_equal(cached_frames(clip, 8, 96, tmp_path / "cache"), read_frames(clip, 8, 96))
     assert not decodes  # read from the cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips that hang or crash the decoder
+
+REASONS = {
+    "hangs.mp4": "decoding did not finish within 2 s and was stopped",
+    "crashes.mp4": "decoding crashed (SIGSEGV)",
+    "exits.mp4": "decoding ended with exit code 3",
+    "raises.mp4": "damaged",
+}
+
+
+@pytest.fixture
+def bad_decoder(monkeypatch):
+    """A decoder that hangs, crashes or fails on clips of these names."""
+    decode = dataset.read_frames
+
+    def read(path, *args):
+        if path.name == "hangs.mp4":
+            ctypes.PyDLL(None).sleep(1000)  # holds Python's lock, as decord does
+        if path.name == "crashes.mp4":
+            faulthandler.disable()  # pytest's would print a trace
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if path.name == "exits.mp4":
+            os._exit(3)
+        if path.name == "raises.mp4":
+            raise VideoError(path, "damaged")
+        return decode(path, *args)
+
+    monkeypatch.setattr(dataset, "read_frames", read)
+    monkeypatch.setattr(dataset, "DECODE_TIMEOUT", 2.0)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", REASONS)
+def test_a_clip_that_hangs_or_crashes_the_decoder_is_named(tmp_path, bad_decoder, name, cache):
+    (tmp_path / name).write_bytes(b"clip")
+    begin = time.monotonic()
+    with pytest.raises(VideoError) as error:
+        cached_frames(tmp_path / name, 4, 96, tmp_path / "cache" if cache else None)
+    assert str(error.value) == f"{tmp_path / name}: {REASONS[name]}" and time.monotonic() - begin < 30
+    assert not psutil.Process().children() and not cache_files(tmp_path)
+
+
+def test_failed_decodings_leave_no_process_and_no_open_file(tmp_path, bad_decoder, monkeypatch):
+    for name in REASONS:
+        (tmp_path / name).write_bytes(b"clip")
+    monkeypatch.setattr(dataset, "DECODE_TIMEOUT", 0.1)
+    before = psutil.Process().num_fds()
+    for _ in range(13):
+        for name in REASONS:
+            with pytest.raises(VideoError):
+                cached_frames(tmp_path / name, 4, 96, tmp_path / "cache")
+    monkeypatch.setattr(os, "fork", raise_disk_full)
+    with pytest.raises(OSError, match="No space"):
+        cached_frames(tmp_path / "hangs.mp4", 4, 96, None)
+    assert psutil.Process().num_fds() == before and not psutil.Process().children()
+
+
+def test_an_interrupted_decoding_is_ended(bad_decoder, tmp_path, monkeypatch):
+    (tmp_path / "hangs.mp4").write_bytes(b"clip")
+    monkeypatch.setattr(dataset, "DECODE_TIMEOUT", 60)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    begin = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cached_frames(tmp_path / "hangs.mp4", 4, 96, None)
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert time.monotonic() - begin < 10 and not psutil.Process().children()
+
+
+def test_an_error_in_the_decoding_process_is_raised_with_its_trace():
+    def fail():
+        raise KeyError("mine")
+
+    class Stubborn(Exception):  # local: cannot be pickled
+        pass
+
+    def fail_stubbornly():
+        raise Stubborn("mine too")
+
+    with pytest.raises(KeyError, match="mine") as error:
+        in_child(fail, 10)
+    assert "in fail" in error.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="in fail_stubbornly(.|\n)*mine too"):
+        in_child(fail_stubbornly, 10)
+    assert in_child(lambda: "fine", 10) == ("fine", None)
+
+
+def test_frames_of_the_decoding_process_can_be_changed(tiny):
+    frames = cached_frames(tiny.videos / "car.mp4", 4, 96, None)
+    assert frames.flags.writeable and np.array_equal(frames, read_frames(tiny.videos / "car.mp4", 4, 96))
+
+
+def test_a_decoding_ends_without_its_parent():
+    """A hung child runs no Python code and cannot notice that its parent was killed; the alarm ends it."""
+    code = """
+import ctypes, os, signal
+from training.workers import in_child
+alarm = signal.alarm
+signal.alarm = lambda seconds: alarm(1 if seconds == 160 else 1000)
+def hang():
+    print(os.getpid(), flush=True)
+    ctypes.PyDLL(None).sleep(1000)
+in_child(hang, 100)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait(15)
+    child.wait(15)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -795,6 +993,18 @@ def test_a_broken_clip_is_reported_and_never_replaced(make_dataset, tiny, tmp_pa
     assert (batch["input_ids"] == placeholder_id(qwen)).sum() == 8
 
 
+def test_answers_that_were_cut_are_counted(make_dataset, tiny, qwen, tmp_path):
+    short = load_entries(tiny.data)[1]
+    long = replace(short, id="long#copilot", captions=("The car stops at the light. " * 30,))
+    lost = replace(long, id="lost#copilot", video="lost.mp4")
+    ds = make_dataset([short, long, lost, long], max_text_tokens=60)
+    assert [ds[i]["cut"] for i in range(4)] == [False, True, False, True]
+    batch = collate([ds[i] for i in range(4)], qwen.pad_token_id)
+    assert batch["num_cut"] == 2 and len(batch["ids"]) == 3
+    assert collate([ds[2]], qwen.pad_token_id)["num_cut"] == 0
+    assert set(encode_example(qwen, long.question, long.captions[0], 1, 60)) == {"input_ids", "labels"}
+
+
 def test_collate_pads_to_the_longest_and_masks_by_position(make_dataset, tiny, llama):
     ds = make_dataset()
     ds.tokenizer = llama  # pads with its eos
@@ -822,3 +1032,17 @@ def test_a_loader_with_workers_gives_every_example(make_dataset, qwen):
     ids = [i for batch in batches for i in batch["ids"]]
     assert ids == [ds.entries[index].id for _, index in order]
     assert torch.equal(batches[0]["frames"][0], ds[order[0]]["frames"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_names_clips_that_hang_or_crash_the_decoder(make_dataset, qwen, tiny, tmp_path, bad_decoder,
+                                                            num_workers):
+    for name in ("hangs.mp4", "crashes.mp4", "raises.mp4", "exits.mp4"):
+        shutil.copy(tiny.videos / "car.mp4", tmp_path / name)
+    shutil.copy(tiny.videos / "bus.mp4", tmp_path / "bus.mp4")
+    ds = make_dataset([both(name)[0] for name in (*REASONS, "bus.mp4")], video_root=tmp_path)
+    loader = torch.utils.data.DataLoader(ds, batch_size=5, num_workers=num_workers,
+                                         collate_fn=lambda rows: collate(rows, qwen.pad_token_id))
+    batch, = list(loader)
+    assert batch["ids"] == ["bus#microscope"]
+    assert batch["errors"] == [f"{tmp_path / name}: {reason}" for name, reason in REASONS.items()]
