@@ -81,6 +81,17 @@ def fail(problems: list[str], title: str = "nothing was started") -> typing.NoRe
     raise ConfigError(text)
 
 
+def write_failure(error: Exception) -> str | None:
+    """Why the system could not write, if that is what `error` says; safetensors and torch hide it in their own."""
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+    text = str(error)
+    if "(os error " in text:  # safetensors: "Error while serializing: I/O error: No space left on device (os error 28)"
+        return text.rpartition("I/O error: ")[2]
+    return f"{text} (is the disk full?)" if "inline_container.cc" in text else None  # torch.save
+
+
 def run_main(main):
     """Run a script's `main()` and exit with what it returns; a DriveVLMError is one line on stderr and exit code 1."""
     try:

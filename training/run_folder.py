@@ -15,12 +15,15 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 from training.common import (
     ConfigError,
+    TrainingError,
     fail,
     file_sha256,
     git_commit,
@@ -28,6 +31,7 @@ from training.common import (
     process_rank,
     read_jsonl,
     replacing,
+    write_failure,
     write_json,
     write_text,
 )
@@ -41,19 +45,31 @@ class RunFolder:
     """
 
     def __init__(self, folder):
-        from filelock import FileLock, Timeout
-
         self.folder = Path(folder)
         self.checkpoints, self.model_folder = self.folder / "checkpoints", self.folder / "model"
         self.main = process_rank()[0] == 0
-        self._row, self._writer, self._log, self._damaged = {}, None, None, []
+        self._row, self._damaged, self._warned = {}, [], set()
+        self._writer = self._log = self._thread_hook = None
         if self.main:
+            self._take_lock()
+
+    def _take_lock(self):
+        """The lock is the system's, so a killed run leaves none; the file's text only tells who holds it."""
+        from filelock import FileLock, Timeout
+
+        path = self.folder / ".lock"
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / ".lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                fail([f"output_dir: another run is writing to {self.folder}; wait for it or give another --output_dir"])
+            self._lock = FileLock(path)
+            self._lock.acquire(timeout=0)
+            if path.read_text(encoding="utf-8")[:3] in ("", "pid"):  # else filelock's own, where there are no OS locks
+                path.write_text(f"pid {os.getpid()} on host {socket.gethostname()}, since {now()}\n", encoding="utf-8")
+        except Timeout:
+            holder = path.read_text(encoding="utf-8").strip().replace("\n", " ") or "its process is not known"
+            fail([f"output_dir: another run ({holder}) is writing to {self.folder}; wait for it, end it, "
+                  "or give another --output_dir"])
+        except OSError as error:
+            fail([f"output_dir: cannot write {path}: {write_failure(error)}"])
 
     @property
     def finished(self) -> bool:
@@ -73,28 +89,50 @@ class RunFolder:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         processes = process_rank()[1]
         header = f"# {command}\n# commit {git_commit()}, processes {processes}\n"
-        write_text(self.folder / "config.yaml", header + resolved)
-        for damaged in self._damaged:  # the run saves these steps again
-            damaged.rename(damaged.with_name(f"{damaged.name}-damaged-{time.time_ns()}"))
         step = checkpoint_step(checkpoint) if checkpoint else -1
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            if (self.folder / name).is_file():
+        with writing(self.folder):
+            for damaged in self._damaged:  # the run saves these steps again
+                damaged.rename(damaged.with_name(f"{damaged.name}-damaged-{time.time_ns()}"))
+            write_text(self.folder / "config.yaml", header + resolved)
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
                 kept = [row for row in read_jsonl(self.folder / name) if row["step"] <= step]
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-                write_text(self.folder / name, "".join(lines))
-        self._log = open(self.folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self._writer = SummaryWriter(str(self.folder / "runs"), purge_step=step + 1)
+                if (self.folder / name).is_file():
+                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+                    write_text(self.folder / name, "".join(lines))
+        with self._may_fail("train.log"):
+            self._log = open(self.folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._thread_hook, threading.excepthook = threading.excepthook, self._quiet_writer
+        with self._may_fail("runs"):
+            self._writer = SummaryWriter(str(self.folder / "runs"), purge_step=step + 1)
         self.log_text("config", max(step, 0), resolved)
+
+    @contextlib.contextmanager
+    def _may_fail(self, name):
+        """Around a write that a run can do without: an OSError becomes one warning per file."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._warned:
+                self._warned.add(name)
+                with contextlib.suppress(OSError):  # standard error may be on the same full disk
+                    print(f"warning: cannot write {self.folder / name}: {write_failure(error)}; the run goes on "
+                          "without it", file=sys.stderr, flush=True)
+
+    def _quiet_writer(self, error):
+        """TensorBoard writes in a thread of its own, and raises the error in ours as well: no traceback for that."""
+        if not (issubclass(error.exc_type, OSError) and "AsyncWriter" in type(error.thread).__name__):
+            self._thread_hook(error)
 
     def print(self, text: str):
         """A line for the console and train.log."""
         if not self.main:
             return
-        print(text, flush=True)
+        with self._may_fail("the console"):
+            print(text, flush=True)
         if self._log is not None:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._log.write("".join(f"{stamp} | {line}\n" for line in text.splitlines()))
-            self._log.flush()
+            with self._may_fail("train.log"):
+                self._log.write("".join(f"{now()} | {line}\n" for line in text.splitlines()))
+                self._log.flush()
 
     def log_scalars(self, step: int, values: dict, line: str | None = None):
         """Numbers of one step for metrics.jsonl and TensorBoard, and a `line` for the console.
@@ -111,35 +149,44 @@ class RunFolder:
             finite = value is not None and math.isfinite(value)
             self._row[key] = value if finite else None
             tag = key if "/" in key else f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
-            if finite:
-                self._writer.add_scalar(tag, value, step)
+            if finite and self._writer is not None:
+                with self._may_fail("runs"):
+                    self._writer.add_scalar(tag, value, step)
         if line:
             self.print(line)
 
     def log_text(self, tag: str, step: int, text: str):
         """A text for TensorBoard."""
-        if self.main:
-            self._writer.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+        if self._writer is not None:
+            with self._may_fail("runs"):
+                self._writer.add_text(tag, "    " + text.replace("\n", "\n    "), step)
 
     def log_rollouts(self, records: list[dict]):
         """Append stage 3's sampled answers to rollouts.jsonl."""
         if self.main:
-            with open(self.folder / "rollouts.jsonl", "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            self._append("rollouts.jsonl", records)
+
+    def _append(self, name, records):
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(text)
 
     def flush(self):
         """Write the current step's row to metrics.jsonl."""
-        if self.main and self._row:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(self._row) + "\n")
-            self._row = {}
-            self._writer.flush()
+        if not self._row:
+            return
+        row, self._row = self._row, {}  # forgotten first: a row that cannot be written is not tried again
+        self._append("metrics.jsonl", [row])
+        if self._writer is not None:
+            with self._may_fail("runs"):
+                self._writer.flush()
 
     def draw_curves(self, panels):
         """Draw curves.png from metrics.jsonl; see plot_curves."""
         self.flush()
         if self.main:
-            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", panels)
+            with self._may_fail("curves.png"):
+                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", panels)
 
     # ---- checkpoints
 
@@ -155,19 +202,19 @@ class RunFolder:
         temporary = final.with_name(f".{final.name}")
         try:
             if self.main:
-                self.checkpoints.mkdir(exist_ok=True)
-                for leftover in step_folders(self.checkpoints, prefix=".step-"):  # of saves that were killed
-                    shutil.rmtree(leftover)
-                temporary.mkdir()
+                with writing(final):
+                    self.checkpoints.mkdir(exist_ok=True)
+                    for leftover in step_folders(self.checkpoints, prefix=".step-"):  # of saves that were killed
+                        shutil.rmtree(leftover)
+                    temporary.mkdir()
             barrier()
-            yield temporary
+            with writing(final):
+                yield temporary
             barrier()
             if self.main and not final.exists():  # it exists if this run saved it before, with the same weights
-                run = {"num_processes": process_rank()[1], "commit": git_commit(), **state}
-                write_json(temporary / "run.json", {**run, "files": list_files(temporary)}, indent=2)
-                sync_to_disk(temporary)
-                temporary.rename(final)
-                sync_to_disk(self.checkpoints, subfolders=False)
+                with writing(final):
+                    run = {"num_processes": process_rank()[1], "commit": git_commit(), **state}
+                    complete_checkpoint(temporary, final, run)
         finally:
             if self.main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -258,27 +305,53 @@ class RunFolder:
     # ---- the end
 
     def close(self):
-        """Write what is left and release the folder."""
+        """Close the logs and release the folder."""
         if not self.main:
             return
-        self.flush()
-        if self._writer is not None:
-            self._writer.close()
-            self._log.close()
-            self._writer = self._log = None
-        self._lock.release()
+        with self._may_fail("runs"):
+            if self._writer is not None:
+                self._writer.close()
+        with self._may_fail("train.log"):
+            if self._log is not None:
+                self._log.close()
+        if self._thread_hook is not None:
+            threading.excepthook, self._thread_hook = self._thread_hook, None
+        self._writer = self._log = None
+        self._lock.release()  # last: until here another run must not touch the files
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None and not issubclass(kind, ConfigError):
-            text = f"stopped by {kind.__name__}: {error}".rstrip(": ")
+        problem = error
+        try:
+            self.flush()
+        except TrainingError as failure:
+            problem = error or failure
+        if problem is not None and not isinstance(problem, ConfigError):
+            text = f"stopped by {type(problem).__name__}: {problem}".rstrip(": ")
             if self._log is not None:
                 self.print(f"{text}\ncontinue from the last checkpoint with --resume auto")
             else:  # the cause may have been printed by another rank
                 print(f"rank {process_rank()[0]}: {text}", file=sys.stderr, flush=True)
         self.close()
+        if problem is not error:
+            raise problem
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around writes that a run cannot do without: if one fails, a TrainingError names `path` and the reason."""
+    try:
+        yield
+    except Exception as error:
+        if reason := write_failure(error):
+            raise TrainingError(f"cannot write {path}: {reason}") from error
+        raise
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 # ---- checkpoints on disk ---------------------------------------------------------------------------------------------
@@ -299,6 +372,14 @@ def last_checkpoint(folder) -> Path | None:
 def checkpoint_step(checkpoint) -> int:
     """checkpoints/step-000010 -> 10"""
     return int(Path(checkpoint).name.removeprefix(".").removeprefix("step-"))
+
+
+def complete_checkpoint(temporary, final, state):
+    """Add run.json to a folder that holds all else, and give it its name once everything is on the disk."""
+    write_json(temporary / "run.json", {**state, "files": list_files(temporary)}, indent=2)
+    sync_to_disk(temporary)
+    temporary.rename(final)
+    sync_to_disk(final.parent, subfolders=False)
 
 
 def list_files(folder) -> dict[str, dict]:
