@@ -113,7 +113,8 @@ def world(tiny, tmp_path_factory):
         "lr_schedule": "linear", "warmup": 0.4, "max_grad_norm": 0.01, "sample_tokens": 5, "learning_rate": 0.02,
         "per_device_batch_size": 1, "gradient_accumulation_steps": 2, **FINISHED_KEYS,
     }
-    mappings = {"max_new_tokens": {"microscope": 9, "copilot": 6}, "reward_weights": {"objects": 1.0}}
+    mappings = {"max_new_tokens": {"microscope": 9, "copilot": 6}, "reward_weights": {
+        "objects": 1.0, "temporal": 0.0, "detail": 0.0, "hallucination": 0.0}}
     (root / "config.yaml").write_text(json.dumps(mappings), encoding="utf-8")  # JSON is YAML
     stage_values = {
         1: {"weight_decay": 0.3, "num_workers": 0},

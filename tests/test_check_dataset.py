@@ -594,7 +594,7 @@ def test_an_error_in_a_worker_is_raised_with_its_trace():
     def broken(item):
         raise KeyError(f"item {item}")
 
-    with pytest.raises(KeyError, match="item 0") as error:
+    with pytest.raises(KeyError, match="item \\d") as error:
         list(in_processes(broken, range(3), 1))
     assert "in broken" in str(error.value.__cause__)
     assert not psutil.Process().children()

@@ -341,7 +341,7 @@ def test_resume_from_a_path_applies_another_config_and_says_so(old_run, tmp_path
     assert resume_in(tmp_path / "new", first, **changes) == first
     assert capsys.readouterr().out.splitlines() == [
         "resume: init_from: was None, now elsewhere: not used: the weights are in the checkpoint",
-        "resume: dtype: was bfloat16, now float32: applied",
+        "resume: dtype: was auto, now float32: applied",
         "resume: max_steps: was None, now 99: applied",
         "resume: learning_rate: was 0.001, now 0.002: applied",
         "resume: detector.image_size: was 1280, now 64: applied"]

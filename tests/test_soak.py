@@ -102,7 +102,8 @@ def test_300_steps_of_stage_3_leave_memory_and_files_flat(tiny, tmp_path):
     model.add_lora(r=4, alpha=8, dropout=0.1, seed=2)
     model.save_checkpoint(tmp_path / "stage2" / "model", stage=2)
     write_evidence(tmp_path / "evidence", DetectorSettings(weights="none.pt", num_frames=3))
-    mappings = {"max_new_tokens": {"microscope": 14, "copilot": 8}, "reward_weights": {"objects": 1.0}}
+    mappings = {"max_new_tokens": {"microscope": 14, "copilot": 8}, "reward_weights": {
+        "objects": 1.0, "temporal": 0.0, "detail": 0.0, "hallucination": 0.0}}
     (tmp_path / "config.yaml").write_text(json.dumps(mappings), encoding="utf-8")  # JSON is YAML
     seen = soak(tmp_path, "train_stage3", shared_flags(tiny, tmp_path) | {
         "config": tmp_path / "config.yaml", "init_from": tmp_path / "stage2", "evidence_cache": tmp_path / "evidence",

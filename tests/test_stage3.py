@@ -274,7 +274,7 @@ def gradients_of(stage2, output, monkeypatch, *flags):
 def test_micro_batches_change_nothing_except_with_bnpo(stage2, tmp_path, quick, loss_type):
     """Four prompts in one pass or in four; truncated answers are masked, so the number of counted rows differs."""
     flags = ("--loss_type", loss_type, "--mask_truncated", "true", "--max_new_tokens.microscope", 70,
-             "--max_new_tokens.copilot", 50)
+             "--max_new_tokens.copilot", 50, "--seed", 5)
     whole, loss = gradients_of(stage2, tmp_path / "a", quick, *flags,
                                "--per_device_batch_size", 4, "--gradient_accumulation_steps", 1)
     split, split_loss = gradients_of(stage2, tmp_path / "b", quick, *flags,
