@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
 from training.common import DriveVLMError, replacing, stable_seed
@@ -150,8 +151,8 @@ def _rows_of_file(file: Path) -> Iterator[object]:
             yield rows.pop()
     except UnicodeDecodeError as error:
         yield RowError("bad_unicode", f"from about here the file is not UTF-8 text ({error.reason})")
-    except json.JSONDecodeError as error:
-        yield RowError("unknown_format", f"the file is not valid JSON: {error}")
+    except (ValueError, RecursionError, csv.Error) as error:  # also nested too deep, a number of 5,000 digits
+        yield RowError("unknown_format", f"the file is not valid {file.suffix[1:].upper()}: {error}")
 
 
 def _row_of_line(line: str, number: int) -> object:
@@ -159,6 +160,8 @@ def _row_of_line(line: str, number: int) -> object:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return RowError("unknown_format", f"not valid JSON: {error.msg}: line {number} column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return RowError("unknown_format", f"not valid JSON: {error}: line {number}")
 
 
 def parse_row(row, default_mode: str | None = None) -> list[Entry]:
@@ -192,7 +195,7 @@ def find_mode(row: dict, question: str, default_mode: str | None) -> str:
     """The row's `mode`, else the mode of MODE_TABLE that asks this question, else `default_mode`; else a RowError."""
     asked = [name for name, mode in MODE_TABLE.items() if question in (mode.question, *mode.wordings)]
     mode = row.get("mode", asked[0] if asked else default_mode)
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         seen = f'"mode" is {mode!r}' if "mode" in row else f'no "mode", and {question[:60]!r} is not a known question'
         raise RowError("unknown_mode", f"{seen}; modes are {', '.join(MODES)} (default_mode can set one)")
     return mode
@@ -249,8 +252,11 @@ def _from_conversation(row: dict) -> tuple[str, list]:
 def _from_bddx(row: dict) -> dict:
     """A BDD-X line as a Copilot row: its actions and justifications in the order of time."""
     segments = []
+    strange = [key for key, value in row.items() if not isinstance(value, str | None)]
+    if strange:
+        raise RowError("unknown_format", f"{', '.join(map(str, strange[:3]))} must be a text")
     for key, action in row.items():
-        number = re.fullmatch(r"Answer\.(\d+)action", key or "")
+        number = re.fullmatch(r"Answer\.(\d{1,4})action", key or "")
         if not number or not (action or "").strip():
             continue
         start = (row.get(f"Answer.{number[1]}start") or "").strip()
@@ -317,6 +323,8 @@ def resolve_video(video_root, video: str) -> Path:
     where it is longer than the file system allows (`missing_video`)."""
     if "\0" in video or "\\" in video or "://" in video or video.startswith(("/", "~")):
         raise RowError("path_escape", f"{video!r} must be a plain path relative to the video root")
+    if BROKEN_TEXT.search(video):
+        raise RowError("bad_unicode", f"{video!r} holds U+FFFD or a lone surrogate: it was decoded wrongly somewhere")
     root = _real_root(str(video_root))
     path = os.path.realpath(os.path.join(root, video))
     try:
@@ -386,9 +394,11 @@ def _template_pieces(tokenizer) -> tuple[str, str, str]:
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         # A hybrid model's template then writes the empty thinking block that makes it answer directly; others ignore
         # the key.
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
-        )
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt,
+                                                 enable_thinking=False)
+        except TemplateError as error:
+            raise DataError(f"the tokenizer's chat template cannot be rendered: {error}") from error
 
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template: choose a language model that was tuned to chat")

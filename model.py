@@ -399,6 +399,11 @@ def _read_json(path):
     return content
 
 
+def _is_base(value):
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(
+        value.get("revision"), str | None)
+
+
 def read_checkpoint(folder, expect_stage=None):
     """(checkpoint folder, content of drivevlm.json); ModelError if files are missing or the stage is another."""
     folder = checkpoint_folder(folder)
@@ -410,6 +415,12 @@ def read_checkpoint(folder, expect_stage=None):
     needed = ("stage", "vision_model", "language_model", "num_frames", "tokens_per_frame", "dtype", "placeholder")
     problems = [f"drivevlm.json lacks {key!r}" for key in needed if key not in meta]
     meta.setdefault("pooling", 3)  # of checkpoints written before it was a key
+    types = {"stage": int, "num_frames": int, "pooling": int, "tokens_per_frame": int, "dtype": str, "prompts": dict}
+    problems += [f"drivevlm.json: {key} is {meta[key]!r}" for key, kind in types.items()
+                 if key in meta and (not isinstance(meta[key], kind) or kind is int and meta[key] < 1)]
+    problems += [f"drivevlm.json: {key} is {meta[key]!r}, needs a name and a revision"
+                 for key in ("vision_model", "language_model") if key in meta and not _is_base(meta[key])]
+    raise_problems(f"checkpoint {folder}", problems)
     if expect_stage is not None and "stage" in meta and meta["stage"] != expect_stage:
         problems.append(f"it holds stage {meta['stage']}, but stage {expect_stage} is needed here")
     files = ["projector.safetensors", "tokenizer_config.json"]
@@ -579,10 +590,13 @@ class DriveVLM(nn.Module):
         return model
 
     def _load_adapter(self, folder):
-        config = LoraConfig.from_pretrained(folder)
-        config.inference_mode = False
-        config.base_model_name_or_path = None  # PEFT fills in the current path; an old one would only cause a warning
-        self._wrap_lora(config, seed=0)
+        try:
+            config = LoraConfig.from_pretrained(folder)
+            config.inference_mode = False
+            config.base_model_name_or_path = None  # PEFT fills in the current path; an old one would cause a warning
+            self._wrap_lora(config, seed=0)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{folder}: adapter_config.json: {_first_line(error)}") from error
         expected = {name: tensor.shape for name, tensor in self.adapter_state().items()}
         problems = _shape_problems(folder / "adapter_model.safetensors", expected)
         raise_problems(f"{folder} does not fit {self.base['language_model']['name']}", problems)

@@ -191,12 +191,13 @@ def read_record(file: Path) -> dict | None:
         record = dict(json.loads(file.read_text(encoding="utf-8")))
         if "error" in record:
             return record
-        sound = record["bytes"] > 0 and len(record["frames"]) > 0
+        times = [frame["time"] for frame in record["frames"]]
+        sound = record["bytes"] > 0 and len(times) > 0 and times == sorted(times)
         for frame in record["frames"]:
             sound &= 0 <= frame["time"] <= 1
             for class_id, *numbers in frame["boxes"]:
                 sound &= isinstance(class_id, int) and 0 <= class_id < len(COCO_NAMES)
-                sound &= len(numbers) == 5 and 0 <= min(numbers) <= max(numbers) <= 1
+                sound &= len(numbers) == 5 and all(0 <= number <= 1 for number in numbers)
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None
     return record if sound else None
