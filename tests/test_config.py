@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from training import config as configs
-from training.common import ConfigError, load_config
+from training.common import ConfigError, load_config, run_main
 from training.config import Stage1Config, Stage2Config, TrainKeys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,7 @@ class Detector:
 
     weights: str = "yolov8x.pt"  # weights file
     image_size: int = 1280  # pixels
+    threshold: float = 0.5  # confidence
 
 
 @dataclass
@@ -103,7 +105,10 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
 @pytest.mark.parametrize("argv, word", [
     (["--epochs", "0"], "epochs must be above 0, got 0"),
     (["--warmup", "2"], "warmup must be between 0 and 1"),
-    (["--learning_rate", "nan"], "learning_rate must be above 0"),
+    (["--learning_rate", "nan"], "command line: --learning_rate must be a finite number, got nan"),
+    (["--max_grad_norm", "inf"], "command line: --max_grad_norm must be a finite number, got inf"),
+    (["--seed", "-1"], "command line: --seed must be at least 0, got -1"),
+    (["--split_seed", "-1"], "command line: --split_seed must be at least 0, got -1"),
     (["--activation_checkpointing", "perhaps"], "'perhaps' belongs to no flag"),
     (["--seed"], "Missing value for argument '--seed'"),
     (["--lr", "1e-3"], "unknown flag --lr (did you mean 'learning_rate'?)"),
@@ -116,11 +121,82 @@ def test_values_that_cannot_work_are_refused(argv, word, capsys):
 @pytest.mark.parametrize("content, word", [
     ("a: [1\n", "not a valid YAML file"), ("- a\n- b\n", "key: value"), ("seed: 1\nseed: 2\n", "duplicate key"),
     ("seed: null\n", "seed: field 'seed' is not Optional"), ("data: [a, b]\n", "data: Cannot convert"),
+    ("warmup: .nan\n", "c.yaml: warmup must be a finite number, got nan"), ("warmup: 1e-2x\n", "c.yaml: warmup: Value"),
+    ("warmup: nan\n", "c.yaml: warmup must be a finite number, got nan"), ("seed: -1\n", "c.yaml: seed must be at lea"),
+    ("detector: {threshold: -.inf}\n", "c.yaml: detector.threshold must be a finite number, got -inf"),
+    ("warmup: ${x}\n", "c.yaml: warmup: '${x}' refers to another key"), ("data: ${x\n", "full_key: data"),
+    ("data: ${oc.env:HOME}\n", "c.yaml: data: '${oc.env:HOME}' refers to another key"),
+    ("detector: {weights: '${x}'}\n", "c.yaml: detector: {'weights': '${x}'} refers to another key"),
 ])
 def test_broken_yaml_is_refused(content, word, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text(content)
     assert any(word in line for line in problems_of(capsys, "--config", str(file)))
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.e-3", "+1e-3", "'1e-3'", "0.001"])
+def test_numbers_with_an_exponent_need_no_dot(number, tmp_path, recwarn):
+    """YAML 1.1, which most parsers follow, takes 1e-3 for a text."""
+    file = tmp_path / "c.yaml"
+    file.write_text(f"learning_rate: {number}\ndetector: {{threshold: {number}}}\n")
+    config = load_config(Config, ["--config", str(file)])
+    assert (config.learning_rate, config.detector.threshold) == (1e-3, 1e-3) and not list(recwarn)
+
+
+# ---- what is printed into a pipe that nobody reads, or onto a full disk ----------------------------------------------
+
+
+def unread(code, *argv, unbuffered=""):
+    """Runs Python code whose standard output is a pipe that is closed before anything is written to it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        return subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE,
+                              text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    finally:
+        os.close(writing)
+
+
+LOAD = "from training.common import *; from training.config import Stage3Config; "
+
+
+@pytest.mark.parametrize("code, argv, exit_code, said", [
+    (LOAD + "load_config(Stage3Config, default_config='configs/stage3.yaml')", ["--help"], 141, ""),
+    (LOAD + "run_main(lambda: load_config(Stage3Config))", ["--help"], 141, ""),
+    (LOAD + "run_main(lambda: print('x' * 100_000))", [], 141, ""),
+    (LOAD + "run_main(lambda: print('short'))", [], 0, ""),
+    (LOAD + "run_main(lambda: [print('short'), 1 / 0])", [], 1, "ZeroDivisionError"),
+    (LOAD + "run_main(lambda: [print('short'), fail(['a'])])", [], 2, "1 problem"),
+])
+def test_a_reader_that_leaves_is_no_traceback(code, argv, exit_code, said):
+    done = unread(code, *argv)
+    assert done.returncode == exit_code and said in done.stderr
+    assert said or not done.stderr
+
+
+def test_a_reader_that_leaves_is_no_traceback_without_a_buffer():
+    done = unread(LOAD + "run_main(lambda: print('short'))", unbuffered="1")
+    assert done.returncode == 141 and not done.stderr
+
+
+def test_a_pipe_other_than_standard_output_is_an_error():
+    def main():
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError):
+        run_main(main)
+
+
+def test_a_full_disk_is_one_line():
+    def broken(error):
+        raise error
+
+    for error, words in ((OSError(errno.ENOSPC, "No space left on device", "x.json"), "cannot write x.json: No space"),
+                         (ValueError("I/O error: No space left on device (os error 28)"), "cannot write a file: No")):
+        with pytest.raises(SystemExit, match=words):
+            run_main(lambda error=error: broken(error))
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda: broken(FileNotFoundError(errno.ENOENT, "No such file", "x.json")))
 
 
 def test_keys_of_other_programs_may_be_in_the_file_but_not_on_the_command_line(tmp_path, capsys):

@@ -11,12 +11,16 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -93,11 +97,47 @@ def write_failure(error: Exception) -> str | None:
 
 
 def run_main(main):
-    """Run a script's `main()` and exit with what it returns; a DriveVLMError is one line on stderr and exit code 1."""
+    """Run a script's `main()` and exit with what it returns; a DriveVLMError is one line on stderr and exit code 1.
+
+    So is a full disk.
+    """
+    script = Path(sys.argv[0]).stem
+    with reader_may_leave():
+        try:
+            sys.exit(main())
+        except DriveVLMError as error:
+            sys.exit(f"{script}: {error}")
+        except Exception as error:
+            reason = write_failure(error) or ""
+            if os.strerror(errno.ENOSPC) not in reason and os.strerror(errno.EDQUOT) not in reason:
+                raise
+            sys.exit(f"{script}: cannot write {getattr(error, 'filename', None) or 'a file'}: {reason}")
+
+
+@contextlib.contextmanager
+def reader_may_leave():
+    """`program | head` closes the pipe that we print into: no traceback for that, but the exit code of SIGPIPE."""
     try:
-        sys.exit(main())
-    except DriveVLMError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        yield
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise  # some other pipe
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        _output_is_closed()
+
+
+def _output_is_closed():
+    """True if nobody reads our standard output any more; what is left in its buffer is then dropped."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are reported even if nothing is asked for
+        closed = bool(poll.poll(0))
+    except (OSError, ValueError):  # not a file, as in a notebook
+        return False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -120,7 +160,8 @@ def load_config(cls, argv=None, *, default_config=None, description=None):
     config = _read_yaml(cls, Path(known.config), problems) if known.config else cls()
     if {"-h", "--help"} & set(argv):
         about = f"{description or ''}\n--config FILE reads a YAML file with these keys (default: {default_config})."
-        tyro.cli(cls, args=["--help"], default=config, description=about, use_underscores=True)
+        with reader_may_leave():
+            tyro.cli(cls, args=["--help"], default=config, description=about, use_underscores=True)
     for name, values in _split_flags(argv):
         flag = _as_tyro_spells_it(config, name, values)
         try:  # one flag at a time, as tyro stops at the first problem
@@ -134,8 +175,8 @@ def load_config(cls, argv=None, *, default_config=None, description=None):
                 if not name or name[2:] in _keys(config):
                     text = f"{values[0]!r} belongs to no flag"
             problems.append(f"command line: {text}")
-    problems += [] if problems else config.problems()
-    if problems:
+    problems = problems or [f"command line: --{text}" for text in impossible_values(dataclasses.asdict(config))]
+    if problems := problems or config.problems():
         fail(problems)
     return config
 
@@ -153,7 +194,7 @@ def _read_yaml(cls, path, problems):
             raise ValueError("expected lines of 'key: value'")
     except OSError:
         problems.append(f"config file {path} not found (relative paths start at {Path.cwd()})")
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, ValueError, OmegaConfBaseException) as error:
         problems.append(f"{path} is not a valid YAML file of keys: {error}")
     else:
         for key, value in content.items():
@@ -163,15 +204,34 @@ def _read_yaml(cls, path, problems):
                 nested = dataclasses.is_dataclass(OmegaConf.get_type(config, key))
                 if str(value).lower() == "none" and types.NoneType in typing.get_args(typing.get_type_hints(cls)[key]):
                     value = None
+                if "${" in str(value):
+                    problems.append(f"{path}: {key}: {value!r} refers to another key, which does not work here; "
+                                    "write the value itself")
+                    continue
                 try:
                     if nested:  # detector: FILE is detector: {weights: FILE}
                         value = {"weights": value} if isinstance(value, str) else value
                         config = OmegaConf.merge(config, {key: value})
                     else:
-                        config[key] = value
+                        OmegaConf.update(config, key, value, merge=False)
                 except OmegaConfBaseException as error:
                     problems.append(f"{path}: {key}: {str(error).splitlines()[0]}")
-    return OmegaConf.to_object(config)
+    config = OmegaConf.to_object(config)
+    problems += [f"{path}: {text}" for text in impossible_values(dataclasses.asdict(config))]
+    return config
+
+
+def impossible_values(tree: dict, prefix="") -> list[str]:
+    """Values that no program can work with: numbers that are not finite, seeds below 0."""
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += impossible_values(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{prefix}{key} must be a finite number, got {value}")
+        elif key in ("seed", "split_seed") and value < 0:
+            found.append(f"{key} must be at least 0, got {value}")
+    return found
 
 
 def _split_flags(argv):
