@@ -117,7 +117,7 @@ def train_step(config, accelerator, model, optimizer, batches, step, failed_clip
     ids = [name for batch in micro_batches for name in batch["ids"]]
     # Every label token of the step weighs the same, in whatever micro-batch and rank it is: losses are sums, divided by
     # the label tokens of the whole step over all ranks.
-    num_labels, num_tokens = loop.count_tokens(accelerator, micro_batches, failed_clips)
+    num_labels, num_tokens, num_cut = loop.count_tokens(accelerator, micro_batches, failed_clips)
     loss = 0.0
     for batch in micro_batches:
         share = model(**batch, num_items_in_batch=num_labels)["loss"]
@@ -134,7 +134,7 @@ def train_step(config, accelerator, model, optimizer, batches, step, failed_clip
     seconds = time.perf_counter() - start
     return {"loss": loss, "grad_norm": grad_norm, "step_seconds": seconds, "tokens_per_second": num_tokens / seconds,
             "data_wait": waited / seconds, "memory_gb": loop.memory_gb(accelerator.device),
-            "failed_clips": len(failed_clips.reasons)}
+            "failed_clips": len(failed_clips.reasons), "cut_answers": num_cut}
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def _read_yaml(cls, path, problems):
                 nested = dataclasses.is_dataclass(OmegaConf.get_type(config, key))
                 if str(value).lower() == "none" and types.NoneType in typing.get_args(typing.get_type_hints(cls)[key]):
                     value = None
-                if "${" in str(value):
+                if "${" in str(value) or "???" in str(value):
                     problems.append(f"{path}: {key}: {value!r} refers to another key, which does not work here; "
                                     "write the value itself")
                     continue
@@ -229,8 +229,8 @@ def impossible_values(tree: dict, prefix="") -> list[str]:
             found += impossible_values(value, f"{prefix}{key}.")
         elif isinstance(value, float) and not math.isfinite(value):
             found.append(f"{prefix}{key} must be a finite number, got {value}")
-        elif key in ("seed", "split_seed") and value < 0:
-            found.append(f"{key} must be at least 0, got {value}")
+        elif key in ("seed", "split_seed") and not 0 <= value < 2**63:
+            found.append(f"{key} must be at least 0 and below 2**63, got {value}")
     return found
 
 

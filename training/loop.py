@@ -21,6 +21,7 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
 from dataset import (
     IGNORE_INDEX,
@@ -31,6 +32,7 @@ from dataset import (
     cached_frames,
     clip_key,
     collate,
+    find_bad_texts,
     load_split,
     resolve_video,
 )
@@ -71,10 +73,15 @@ def load_inputs(config, stage: int, modes=(), min_modes=1, problems=()):
         try:
             train_entries, held_out = load_split(config)
             problems += _entry_problems(config, train_entries, held_out, modes, min_modes)
+            if not problems and not missing:  # nothing is downloaded for a run that cannot start
+                tokenizer = AutoTokenizer.from_pretrained(config.language_model)
+                problems += find_bad_texts([*train_entries, *held_out], tokenizer, config.max_text_tokens)
             if config.init_from and Path(config.init_from).is_dir():
                 problems += leak_problems(config, held_out, config.init_from)
         except DataError as error:
             problems.append(f"data: {error}")
+        except (OSError, ValueError) as error:
+            problems.append(f"language_model: {config.language_model}: {str(error).strip().splitlines()[0]}")
     problems += missing
     if problems:
         fail(problems)
@@ -319,18 +326,22 @@ class FailedClips:
                 f"max_failed_share {self.limit:.1%}; check_dataset.py lists all of them. Last: {sorted(errors)[-1]}")
 
 
-def count_tokens(accelerator, batches, failed_clips) -> tuple[float, float]:
-    """(label tokens, all tokens) of a step's micro-batches over all ranks; notes the clips that failed."""
+def count_tokens(accelerator, batches, failed_clips) -> tuple[float, float, float]:
+    """(label tokens, all tokens, answers cut at max_text_tokens) of a step's micro-batches over all ranks.
+
+    Notes the clips that failed.
+    """
     errors = []
-    labels = tokens = 0
+    labels = tokens = cut = 0
     for batch in batches:
         errors += batch.pop("errors")
+        cut += batch.pop("num_cut")
         labels += int((batch["labels"] != IGNORE_INDEX).sum())
         tokens += int(batch["attention_mask"].sum())
-    labels, tokens, num_errors = sum_over_ranks(accelerator, [labels, tokens, len(errors)])
+    labels, tokens, cut, num_errors = sum_over_ranks(accelerator, [labels, tokens, cut, len(errors)])
     if num_errors:
         failed_clips.add(accelerator, errors)
-    return max(labels, 1.0), tokens
+    return max(labels, 1.0), tokens, cut
 
 
 class StopSignals:
