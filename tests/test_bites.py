@@ -334,10 +334,16 @@ def test_prompts_are_those_of_the_seed_from_the_training_split(odd, world):
 
 def test_sampled_answers_depend_on_the_seed(odd, world):
     """One clip to train on: its two prompts are those of the first step, whatever the seed."""
+    held_out, one = {entry.video for entry in world.held_out}, world.train[0].video
+    rows = json.loads(Path(world.values["data"]).read_text(encoding="utf-8"))
+    files = {}
+    for name, videos in (("data", {one}), ("val_data", held_out)):
+        files[name] = world.root / f"{name}_of_one_clip.json"
+        files[name].write_text(json.dumps([row for row in rows if row["video"] in videos]), encoding="utf-8")
     texts = []
     for seed in (1, 2):
-        seen = run_stage(3, world, world.root / f"seed{seed}", seed=seed, num_val_videos=5, max_steps=1,
-                         frame_cache=world.root / "frames3")
+        seen = run_stage(3, world, world.root / f"seed{seed}", seed=seed, max_steps=1,
+                         frame_cache=world.root / "frames3", **files)
         texts.append({(row["id"], row["k"]): row["text"] for row in read_jsonl(seen.folder / "rollouts.jsonl")})
     assert texts[0].keys() == texts[1].keys() and len(texts[0]) == 6
     assert texts[0] != texts[1]
