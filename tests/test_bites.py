@@ -410,20 +410,20 @@ def test_failed_clips_are_those_of_all_ranks(failed_clips, monkeypatch):
 
 def batch_of(labels, errors=()):
     labels = torch.tensor([labels])
-    return {"labels": labels, "attention_mask": torch.ones_like(labels), "errors": list(errors)}
+    return {"labels": labels, "attention_mask": torch.ones_like(labels), "errors": list(errors), "num_cut": 1}
 
 
 def test_tokens_are_counted_over_all_ranks_and_an_error_of_another_rank_is_noted(failed_clips, monkeypatch):
     monkeypatch.setattr(loop, "gather_object", lambda own: own + ["b.mp4: broken"])
     batches = [batch_of([IGNORE_INDEX, 4, 5]), batch_of([IGNORE_INDEX, 6])]
-    assert loop.count_tokens(TwoRanks([10.0, 100.0, 1.0]), batches, failed_clips) == (13, 105)
+    assert loop.count_tokens(TwoRanks([10.0, 100.0, 3.0, 1.0]), batches, failed_clips) == (13, 105, 5)
     assert failed_clips.reasons == {"b.mp4: broken"}
     assert all("errors" not in batch for batch in batches)  # not an input of the model
 
 
 def test_a_step_without_any_label_is_not_divided_by_zero(failed_clips):
     one = SimpleNamespace(num_processes=1)
-    labels, _ = loop.count_tokens(one, [batch_of([IGNORE_INDEX, IGNORE_INDEX], ["a.mp4: broken"])], failed_clips)
+    labels, *_ = loop.count_tokens(one, [batch_of([IGNORE_INDEX, IGNORE_INDEX], ["a.mp4: broken"])], failed_clips)
     assert labels == 1
 
 
