@@ -43,7 +43,7 @@ class Mode:
     """One granularity. A new mode is one entry in MODE_TABLE and one in the reward's MODE_REWARDS."""
 
     question: str  # what the model is asked
-    wordings: tuple[str, ...] = ()  # other questions of data files that mean this mode, such as an earlier `question`
+    wordings: tuple[str, ...] = ()  # questions of data files that mean this mode and are asked as `question`
     word_range: tuple[int, int] = (1, 1000)  # fewest and most words of a usual answer
     max_new_tokens: int = 1024  # an answer is cut off after this many tokens
     colour: str = "#475467"  # on pages and curves
@@ -188,7 +188,9 @@ def parse_row(row, default_mode: str | None = None) -> list[Entry]:
     if not isinstance(question, str) or not question.strip():
         raise RowError("empty_question", f"the question of {video} is empty or not a text")
     question = clean_text(question, "question")
-    return [_entry(video, find_mode(row, question, default_mode), question, captions, "captions")]
+    mode = find_mode(row, question, default_mode)
+    question = MODES[mode] if question in MODE_TABLE[mode].wordings else question  # asked in today's words
+    return [_entry(video, mode, question, captions, "captions")]
 
 
 def find_mode(row: dict, question: str, default_mode: str | None) -> str:

@@ -176,7 +176,7 @@ def test_wordings_of_a_mode_are_recognised(monkeypatch):
     changed = replace(MODE_TABLE["copilot"], wordings=("What happens?", "Give a short summary."))
     monkeypatch.setitem(MODE_TABLE, "copilot", changed)
     entry, = dataset.parse_row(row, default_mode="microscope")
-    assert (entry.mode, entry.question) == ("copilot", "Give a short summary.")
+    assert (entry.mode, entry.question) == ("copilot", MODES["copilot"])  # and asked in the words of today
     standard, = dataset.parse_row({**row, "q": MODES["copilot"]})
     assert standard.mode == "copilot"
 
