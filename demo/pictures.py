@@ -29,6 +29,9 @@ def readme_table(metrics: dict) -> str:
         cells = [system]
         for mode in MODES:
             for key in COLUMNS:
+                if key == "order" and not blocks[mode]["order_pairs"]:  # no two objects in any answer
+                    cells.append("–")
+                    continue
                 low, high = blocks[mode]["interval"][key]
                 cells.append(f"{blocks[mode][key]:.2f} ± {(high - low) / 2:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
