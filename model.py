@@ -300,6 +300,14 @@ def is_other_base(recorded, name):
     return Path(recorded).resolve() != Path(name).resolve() and not moved
 
 
+def _load_tokenizer(folder, revision):
+    """The tokenizer of a folder or hub name; ValueError if it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, revision=revision)
+    except Exception as error:  # the tokenizers library raises Exception itself for a broken tokenizer.json
+        raise ValueError(f"tokenizer of {folder}: {_first_line(error)}") from error
+
+
 def _read_bases(vision_model, language_model, tokenizer_folder, pooling, vision_revision, language_revision):
     """(vision config, LM config, tokenizer) of the base models, no weights read; every problem in one ModelError."""
     named = {"vision_model": vision_model, "language_model": language_model}
@@ -315,7 +323,7 @@ def _read_bases(vision_model, language_model, tokenizer_folder, pooling, vision_
         try:
             llm_config = AutoConfig.from_pretrained(language_model, revision=language_revision)
             revision = language_revision if tokenizer_folder == language_model else None
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, revision=revision)
+            tokenizer = _load_tokenizer(tokenizer_folder, revision)
             chat_pieces(tokenizer)  # raises if there is no usable chat template or no token for the video
         except (OSError, ValueError) as error:
             problems.append(f"language_model: {language_model}: {_first_line(error)}")
@@ -584,7 +592,7 @@ class DriveVLM(nn.Module):
             model._load_adapter(folder / "adapter")
         model.stage, model.clips = meta["stage"], read_clips(folder)
         for mode, question in meta.get("prompts", {}).items():
-            if MODES.get(mode, question) != question:
+            if mode in MODES and MODES[mode] != question:
                 print(f"note: {folder} was trained to answer {question!r} ({mode}); it is now asked {MODES[mode]!r}",
                       file=sys.stderr, flush=True)
         return model

@@ -313,6 +313,8 @@ def test_a_damaged_checkpoint_loads_or_is_refused(checkpoint, damage):
     case("DriveVLM._load_adapter: errors of PEFT", ("adapter", "lora_dropout", 7.0), id="lora_dropout"),
     case("DriveVLM._load_adapter: errors of PEFT", ("adapter", "task_type", "NOPE"), id="task_type"),
     case("DriveVLM._load_adapter: errors of PEFT", ("adapter", "target_modules", []), id="target_modules"),
+    case("transformers: a tokenizer_config.json that is a list", ("replace", 7, [None]), id="tokenizer_config.json"),
+    case("tokenizers raises Exception itself", ("overwrite", 6, (6, b"J")), id="tokenizer.json"),
     case("dataset.chat_pieces: TemplateSyntaxError", ("truncate", 2, 2), id="chat_template.jinja"),
 ])
 def test_damage_is_refused_as_a_model_error(checkpoint, damage):

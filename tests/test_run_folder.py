@@ -19,7 +19,7 @@ import yaml
 from training import loop
 from training.common import ConfigError, TrainingError, read_jsonl
 from training.config import TrainKeys
-from training.run_folder import RunFolder, _smooth, list_files, plot_curves
+from training.run_folder import RunFolder, _smooth, list_files, plot_curves, sync_to_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -264,8 +264,26 @@ def test_a_run_without_any_sound_checkpoint_is_not_silently_started_again(tmp_pa
             (fake_checkpoint(tmp_path, step) / "optimizer.pt").unlink()
         with pytest.raises(ConfigError) as caught:
             run.find_resume(config)
-    for word in ("step-000010 is damaged", "step-000020 is damaged", "no sound checkpoint is left"):
-        assert word in str(caught.value)
+        for word in ("step-000010 is damaged", "step-000020 is damaged", "no sound checkpoint is left"):
+            assert word in str(caught.value)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "drivevlm.json").write_text("{}")
+        assert run.find_resume(config) is None  # a finished run needs none
+
+
+def test_other_ranks_come_to_the_same_checkpoint(tmp_path, monkeypatch, capsys):
+    config = config_in(tmp_path, resume="auto")
+    with RunFolder(tmp_path) as run:
+        run.start(config)
+    first = fake_checkpoint(tmp_path, 10, processes=2)
+    (fake_checkpoint(tmp_path, 20, processes=2) / "optimizer.pt").write_text("x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    capsys.readouterr()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with RunFolder(tmp_path) as run:
+            assert run.find_resume(config) == first
+        assert ("is damaged" in capsys.readouterr().out) == (rank == "0")  # said once
 
 
 def test_checkpoints_of_older_versions_are_accepted_with_a_note(tmp_path, capsys):
@@ -437,7 +455,14 @@ def test_a_save_on_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp
 
     hidden = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534")  # as torch.save does
     rust = Exception("Error while serializing: I/O error: No space left on device (os error 28)")  # safetensors
-    for cause, words in ((full, "No space left on device"), (lambda: raises(rust), "No space left on device"),
+    def torch_into_a_file():
+        try:
+            full()
+        except OSError:
+            raises(RuntimeError("unexpected pos 704 vs 598"))
+
+    no_space = "No space left on device"
+    for cause, words in ((full, no_space), (torch_into_a_file, no_space), (lambda: raises(rust), no_space),
                          (lambda: raises(hidden), r"unexpected pos 576 vs 534 \(is the disk full\?\)")):
         with pytest.raises(TrainingError, match=rf"cannot write .*checkpoints/step-000004: .*{words}") as caught:
             with RunFolder(tmp_path) as run:
@@ -478,11 +503,11 @@ def test_logs_that_cannot_be_written_are_a_warning_each(tmp_path, monkeypatch, c
         run.start(config_in(tmp_path))
         monkeypatch.setattr(run._writer, "add_scalar", full)
         monkeypatch.setattr(run._writer, "add_text", full)
+        monkeypatch.setattr(run._writer, "flush", full)
         for step in (1, 2, 3):
             run.log_scalars(step, {"loss": 1.0}, line="a line")
             run.log_text("a", step, "b")
             run.draw_curves({"loss": ["loss"]})
-        monkeypatch.setattr(run._writer, "flush", full)
         monkeypatch.setattr(run._writer, "close", full)
     out, err = capsys.readouterr()
     assert out.count("a line") == 3 and len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
@@ -544,6 +569,28 @@ try:
 finally:
     print("left:", os.listdir("run/checkpoints"), checkpoint_problems(Path("run/checkpoints/step-000002")))
 """
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir: cannot write .*file/.lock: Not a directory|File exists"):
+        RunFolder(tmp_path / "file")
+    with pytest.raises(TrainingError, match=f"cannot write {tmp_path}: No space left"), RunFolder(tmp_path) as run:
+        monkeypatch.setattr("training.run_folder.write_text", full)
+        run.start(config_in(tmp_path))
+
+
+def test_folders_that_cannot_be_synchronised_are_let_go_but_nothing_else(tmp_path, monkeypatch):
+    def failing(number):
+        def fsync(descriptor):
+            raise OSError(number, os.strerror(number))
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    failing(errno.EINVAL)
+    sync_to_disk(tmp_path)
+    failing(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_to_disk(tmp_path)
 
 
 @pytest.mark.parametrize("kind, words", [("torch", "run/checkpoints/step-000003: "),
