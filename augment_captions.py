@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import model
 from dataset import MODES, DataError, clip_key, find_control_text, load_entries
-from stage3.grpo_reward_func import find_mentions
+from stage3.mentions import find_mentions
 
 # {least}, {most} and {middle} are numbers of words.
 PROMPTS = {

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from training.common import fail, file_sha256, load_config, read_jsonl, run_main, write_json, write_text
+from training.common import fail, file_sha256, is_other_base, load_config, read_jsonl, run_main, write_json, write_text
 from training.config import EvaluateConfig
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import MODE_TABLE, DataError, VideoError, cached_frames, load_split, resolve_video, sample_clip
-from model import DriveVLM, ModelError, is_other_base, read_checkpoint, resolve_dtype
+from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 from pages.render import film_strip, highlight, render
 from stage3.detect_objects import evidence_problems, get_evidence
 from stage3.mentions import find_mentions

@@ -68,9 +68,9 @@ def raise_problems(title, problems):
 def choose_dtype(cuda: bool, cpu_flags: set[str], aten_capability: str | None = None) -> tuple[str, str]:
     """(number type, why) that `dtype: auto` means on a machine.
 
-    cpu_flags: features as /proc/cpuinfo lists them. Without native support a bfloat16 matrix product on a CPU was
-    measured to be 70 times slower than float32 (1 against 66 GFLOP/s). aten_capability: torch's environment variable
-    ATEN_CPU_CAPABILITY, which hides features, such as "avx2".
+    cpu_flags: features as /proc/cpuinfo lists them; without native support, bfloat16 matrix products on a CPU are far
+    slower than float32. aten_capability: torch's environment variable ATEN_CPU_CAPABILITY, which hides features, such
+    as "avx2".
     """
     if cuda:
         return "bfloat16", "CUDA"
@@ -289,15 +289,6 @@ def base_model_problem(key, name):
     if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str):
         return f"{key}: {name} is not on this machine, and HF_HUB_OFFLINE is set, so it cannot be downloaded"
     return None
-
-
-def is_other_base(recorded, name):
-    """True if `name` is another base model than the recorded one: not the same, nor where that one is now.
-
-    A folder has moved if the recorded path is gone, or if the last part of its path is the same.
-    """
-    moved = Path(recorded).is_absolute() and not Path(recorded).exists() or Path(recorded).name == Path(name).name
-    return Path(recorded).resolve() != Path(name).resolve() and not moved
 
 
 def _load_tokenizer(folder, revision):
@@ -549,7 +540,7 @@ class DriveVLM(nn.Module):
             hidden_size = llm_config.get_text_config().hidden_size
             shapes = projector_shapes(vision_config, pooling, hidden_size, num_frames)
             raise_problems(f"checkpoint {checkpoint} does not fit {vision_model} and {language_model}",
-                 _shape_problems(checkpoint / "projector.safetensors", shapes))
+                           _shape_problems(checkpoint / "projector.safetensors", shapes))
         vision = VisionTower.load(vision_model, _without_dropout(vision_config), DTYPES[dtype], revisions[0])
         llm = _load_weights(AutoModelForCausalLM, language_model, _without_dropout(llm_config), DTYPES[dtype],
                             revisions[1])

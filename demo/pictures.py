@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dataset import MODES, read_frames
+from evaluate import METRICS
+from training.common import read_jsonl
 
 OUT, DOCS = Path("output/demo"), Path("docs")
 COLUMNS = {"recall": "recall", "chair_i": "CHAIRi", "order": "order"}
@@ -29,18 +31,16 @@ def readme_table(metrics: dict) -> str:
         cells = [system]
         for mode in MODES:
             for key in COLUMNS:
-                if key == "order" and not blocks[mode]["order_pairs"]:  # no two objects in any answer
-                    cells.append("–")
-                    continue
+                needs = METRICS[key].needs
                 low, high = blocks[mode]["interval"][key]
-                cells.append(f"{blocks[mode][key]:.2f} ± {(high - low) / 2:.2f}")
+                number = f"{blocks[mode][key]:.2f} ± {(high - low) / 2:.2f}"
+                cells.append(number if not needs or blocks[mode][needs] else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def mended_clips(predictions: list[dict], truth: dict, number: int) -> list[str]:
-    """Clips on which stage 2 names a person who is not there and stage 3 does not."""
-    said = {(row["system"], row["video"]): row["text"] for row in predictions if row["mode"] == "microscope"}
+def mended_clips(said: dict, truth: dict, number: int) -> list[str]:
+    """Clips on which stage 2 names a person who is not there and stage 3 does not. `said`: {(system, clip): text}."""
     names = ("pedestrian", "person")
 
     def invents(system, video):
@@ -50,8 +50,7 @@ def mended_clips(predictions: list[dict], truth: dict, number: int) -> list[str]
     return [v for v in clips if invents("stage2", v) and not invents("stage3", v)][:number]
 
 
-def draw_clips(clips: list[str], predictions: list[dict], path: Path):
-    said = {(row["system"], row["video"]): row["text"] for row in predictions if row["mode"] == "microscope"}
+def draw_clips(clips: list[str], said: dict, path: Path):
     figure, axes = plt.subplots(2 * len(clips), 1, figsize=(12, 2.05 * len(clips)),
                                 height_ratios=[1.13, 0.92] * len(clips), layout="constrained")
     for clip, picture, words in zip(clips, axes[::2], axes[1::2], strict=True):
@@ -67,10 +66,10 @@ def draw_clips(clips: list[str], predictions: list[dict], path: Path):
 
 def main():
     metrics = json.loads((OUT / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
-    lines = (OUT / "evaluate" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    predictions = [json.loads(line) for line in lines]
+    said = {(row["system"], row["video"]): row["text"] for row in read_jsonl(OUT / "evaluate" / "predictions.jsonl")
+            if row["mode"] == "microscope"}
     truth = json.loads((OUT / "world" / "truth.json").read_text(encoding="utf-8"))
-    draw_clips(mended_clips(predictions, truth, 3), predictions, DOCS / "toy_world.jpg")
+    draw_clips(mended_clips(said, truth, 3), said, DOCS / "toy_world.jpg")
     print(readme_table(metrics))
 
 

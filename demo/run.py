@@ -1,6 +1,6 @@
 """The whole pipeline on the toy world: clips -> checks -> stage 1 -> stage 2 -> stage 3 -> table. No GPU, no downloads.
 
-    make demo        (python -m demo.run)             about 9 minutes on 2 cores
+    make demo        (python -m demo.run)             about 10 minutes on 2 cores
     make results     (python -m demo.run --results)   adds seeds, sampled rows and the control; takes longer
 
 Interrupt and rerun it: it resumes. A finished part is not run again: each leaves a stamp in output/demo/.done/ that

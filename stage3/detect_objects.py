@@ -102,7 +102,8 @@ def fingerprint(settings: DetectorSettings) -> dict:
 
 
 class Detector:
-    """YOLO by ultralytics. To use another detector, write a class with the same two methods and pass it on:
+    """YOLO by ultralytics. To use another detector, write a class with the same two methods and return it from
+    `make_detector`, or pass it on:
 
         class GroundingDINO:
             def fingerprint(self) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from demo import run as demo
+from demo.pictures import readme_table
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITE = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True, exist_ok=True); " \
@@ -93,3 +94,11 @@ def test_summary_of_seeds_gives_mean_and_spread(tmp_path, monkeypatch):
     table = demo.summarise([1, 2])
     assert "| greedy | stage3 | microscope | 0.30 ± 0.14 |" in table
     assert "| sampled | stage3 | copilot |" in table
+
+
+def test_the_readme_table_shows_a_dash_where_a_number_means_nothing():
+    block = {"recall": 0.5, "chair_i": 0.25, "order": 0.0, "mentions": 3, "order_pairs": 0,
+             "interval": {"recall": [0.4, 0.6], "chair_i": [0.2, 0.4], "order": [0.0, 0.0]}}
+    row = readme_table({"systems": {"blank": {"microscope": block, "copilot": {**block, "order_pairs": 2}}}})
+    assert row.splitlines()[-1] == ("| blank | 0.50 ± 0.10 | 0.25 ± 0.10 | – | 0.50 ± 0.10 | 0.25 ± 0.10 | "
+                                    "0.00 ± 0.00 |")

@@ -323,6 +323,10 @@ def test_damage_is_refused_as_a_model_error(checkpoint, damage):
         load_damaged(files, suppressed=())
 
 
+def test_prompts_of_modes_that_are_gone_do_no_harm(checkpoint):
+    load_damaged(damaged(checkpoint, ("meta", "prompts", {"gone": math.nan})), suppressed=())
+
+
 # ---- evidence --------------------------------------------------------------------------------------------------------
 
 DETECTOR = DetectorSettings(weights="none.pt", num_frames=3)

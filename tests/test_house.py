@@ -1,6 +1,7 @@
 """The shape of the code: imports point one way, functions are short, comprehensions are not nested."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,19 @@ def test_the_core_imports_without_the_stages():
     """model.py and dataset.py can be used in notebooks: neither needs the stages or a detector."""
     code = "import model, sys; assert not {'stage3', 'ultralytics', 'training.loop'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_stages_1_and_2_make_a_step_in_the_same_way():
+    """`train_step` stands in both scripts, to be read there; a change in one must come with the other."""
+    steps = []
+    for script in ("train_stage1_ddp", "train_stage2"):
+        nodes = ast.parse(MODULES[script].read_text(encoding="utf-8")).body
+        steps += [ast.unparse(node) for node in nodes if getattr(node, "name", "") == "train_step"]
+    assert len(steps) == 2 and steps[0] == steps[1]
+
+
+def test_the_tests_that_the_reliability_page_names_exist():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", page))
+    assert named and [name for name in sorted(named) if f"def {name}(" not in tests] == []

@@ -37,12 +37,11 @@ from model import (
     check_head,
     check_pooling,
     choose_dtype,
-    is_other_base,
     resolve_dtype,
     token_logps,
     tokens_per_frame,
 )
-from training.common import git_commit
+from training.common import git_commit, is_other_base
 from training.loop import make_optimizer
 
 T = 2  # frames

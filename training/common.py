@@ -187,7 +187,7 @@ def _read_yaml(cls, path, problems):
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    config = OmegaConf.structured(cls)
+    config, content = OmegaConf.structured(cls), {}
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(content, dict):
@@ -196,28 +196,32 @@ def _read_yaml(cls, path, problems):
         problems.append(f"config file {path} not found (relative paths start at {Path.cwd()})")
     except (YAMLError, ValueError, OmegaConfBaseException) as error:
         problems.append(f"{path} is not a valid YAML file of keys: {error}")
-    else:
-        for key, value in content.items():
-            if key not in cls.every_key():
-                problems.append(f"{path}: unknown key {key}{_nearest(str(key), cls)}")
-            elif key in cls.__dataclass_fields__:
-                nested = dataclasses.is_dataclass(OmegaConf.get_type(config, key))
-                if str(value).lower() == "none" and types.NoneType in typing.get_args(typing.get_type_hints(cls)[key]):
-                    value = None
-                if "${" in str(value) or "???" in str(value):
-                    problems.append(f"{path}: {key}: {value!r} refers to another key, which does not work here; "
-                                    "write the value itself")
-                    continue
-                try:
-                    if nested:  # detector: FILE is detector: {weights: FILE}
-                        value = {"weights": value} if isinstance(value, str) else value
-                        config = OmegaConf.merge(config, {key: value})
-                    else:
-                        OmegaConf.update(config, key, value, merge=False)
-                except OmegaConfBaseException as error:
-                    problems.append(f"{path}: {key}: {str(error).splitlines()[0]}")
+        content = {}
+    for key, value in content.items():
+        if key not in cls.every_key():
+            problems.append(f"{path}: unknown key {key}{_nearest(str(key), cls)}")
+        elif key in cls.__dataclass_fields__:
+            try:
+                config = _with_value(cls, config, key, value)
+            except (ValueError, OmegaConfBaseException) as error:
+                problems.append(f"{path}: {key}: {str(error).splitlines()[0]}")
     config = OmegaConf.to_object(config)
     problems += [f"{path}: {text}" for text in impossible_values(dataclasses.asdict(config))]
+    return config
+
+
+def _with_value(cls, config, key, value):
+    """`config` (of OmegaConf) with a YAML file's value for one key; OmegaConf checks the type."""
+    from omegaconf import OmegaConf
+
+    if str(value).lower() == "none" and types.NoneType in typing.get_args(typing.get_type_hints(cls)[key]):
+        value = None
+    if "${" in str(value) or "???" in str(value):
+        raise ValueError(f"{value!r} refers to another key, which does not work here; write the value itself")
+    if dataclasses.is_dataclass(OmegaConf.get_type(config, key)):
+        value = {"weights": value} if isinstance(value, str) else value  # detector: FILE is detector: {weights: FILE}
+        return OmegaConf.merge(config, {key: value})
+    OmegaConf.update(config, key, value, merge=False)
     return config
 
 
@@ -274,6 +278,15 @@ def _nearest(key, config):
 
 
 # ---- small things that several programs share ------------------------------------------------------------------------
+
+
+def is_other_base(recorded, name):
+    """True if `name` is another base model than the recorded one: not the same, nor where that one is now.
+
+    A folder has moved if the recorded path is gone, or if the last part of its path is the same.
+    """
+    moved = Path(recorded).is_absolute() and not Path(recorded).exists() or Path(recorded).name == Path(name).name
+    return Path(recorded).resolve() != Path(name).resolve() and not moved
 
 
 @functools.cache

@@ -36,8 +36,8 @@ from dataset import (
     load_split,
     resolve_video,
 )
-from model import ModelError, base_model_problem, is_other_base, read_checkpoint, read_clips
-from training.common import StopRun, TrainingError, fail, process_rank, stable_seed
+from model import ModelError, base_model_problem, read_checkpoint, read_clips
+from training.common import StopRun, TrainingError, fail, is_other_base, process_rank, stable_seed
 from training.run_folder import checkpoint_step
 
 PANELS = {  # curves.png of stages 1 and 2
@@ -61,8 +61,9 @@ def load_inputs(config, stage: int, modes=(), min_modes=1, problems=()):
     problems += [problem for key in ("vision_model", "language_model")
                  if (problem := base_model_problem(key, getattr(config, key)))]
     problems += _init_from_problems(config, stage)
-    missing = [f"video_root: no folder {config.video_root} (the rows' video paths are relative to it)"]
-    missing = [] if Path(config.video_root).is_dir() else missing
+    missing = []
+    if not Path(config.video_root).is_dir():
+        missing.append(f"video_root: no folder {config.video_root} (the rows' video paths are relative to it)")
     for key in ("data", "val_data"):
         path = getattr(config, key)
         if path is not None and not Path(path).exists():
@@ -73,7 +74,7 @@ def load_inputs(config, stage: int, modes=(), min_modes=1, problems=()):
         try:
             train_entries, held_out = load_split(config)
             problems += _entry_problems(config, train_entries, held_out, modes, min_modes)
-            if not problems and not missing:  # nothing is downloaded for a run that cannot start
+            if not problems:  # nothing is downloaded for a run that cannot start
                 tokenizer = AutoTokenizer.from_pretrained(config.language_model)
                 problems += find_bad_texts([*train_entries, *held_out], tokenizer, config.max_text_tokens)
             if config.init_from and Path(config.init_from).is_dir():
@@ -169,7 +170,7 @@ def start_accelerator(timeout_hours: float = 0.5) -> Accelerator:
     transformers.logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers are forked
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if processes_here > 1:  # two processes with two threads each on two cores slow each other down five-fold
+    if processes_here > 1:  # processes with more threads than they have cores slow each other down
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
     timeout = InitProcessGroupKwargs(timeout=timedelta(hours=timeout_hours))
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])

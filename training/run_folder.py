@@ -27,6 +27,7 @@ from training.common import (
     fail,
     file_sha256,
     git_commit,
+    is_other_base,
     print0,
     process_rank,
     read_jsonl,
@@ -257,10 +258,10 @@ class RunFolder:
         differences = config_differences(config, source)
         lines = {key: f"{key}: was {old}, now {new}" for key, (old, new) in differences.items()}
         fixed = [lines[key] for key, (old, new) in differences.items() if is_fixed(key, old, new)]
-        was, now = state["num_processes"], process_rank()[1]
-        if was != now:
+        was, processes = state["num_processes"], process_rank()[1]
+        if was != processes:
             start = f"torchrun --nproc_per_node {was}" if was > 1 else "python, without torchrun"
-            fixed.append(f"processes: was {was}, now {now}; continue with {was} ({start}): "
+            fixed.append(f"processes: was {was}, now {processes}; continue with {was} ({start}): "
                          "another number would not give the same run")
         if config.resume == "auto" and (differences or fixed):
             hint = "" if fixed else f" (--resume {checkpoint} --output_dir NEW can)"
@@ -443,10 +444,7 @@ def is_fixed(key: str, old, new) -> bool:
     """True if a checkpoint cannot be continued with this change. A base model may have moved."""
     if key not in FIXED_KEYS or "not set" in (old, new):  # the key of another stage or version
         return False
-    if key in ("vision_model", "language_model"):
-        gone = Path(old).is_absolute() and not Path(old).exists()
-        return not gone and Path(old).name != Path(new).name
-    return True
+    return is_other_base(old, new) if key in ("vision_model", "language_model") else True
 
 
 def config_differences(config, folder) -> dict[str, tuple]:
