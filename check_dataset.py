@@ -62,6 +62,7 @@ CODES = {  # what a code means, and what to do
     "missing_video": "video_root holds no such clip.",
     "corrupt_video": "The clip cannot be decoded from start to end. Copy or encode it again, or drop its rows.",
     "hung_video": "Decoding took longer than clip_timeout and was stopped. Encode the clip again.",
+    "cache_not_written": "--build_cache could not store frames of these clips. The clips themselves are sound.",
     "duplicate_entry": "Another row has the same clip, mode and captions.",
     "ambiguous_prompt": "One question is used for two modes, so the model cannot know which one is meant.",
     "split_leak": "A clip, a copy of it, or a long caption is both in the training data and in the held-out data.",
@@ -536,7 +537,7 @@ def check_clips(clips: dict[str, list[Row]], inputs: Inputs, config, found: Find
         path = dataset.resolve_video(config.video_root, clips[clip][0].entries[0].video)
         return check_clip(path, config, inputs.image_size)
 
-    facts = {}
+    facts, unwritten = {}, []
     for clip, answer, failure in in_processes(check, clips, config.num_workers, config.clip_timeout, "clips"):
         where = f"{clip} ({clips[clip][0].where})"
         if failure == "hung":
@@ -547,8 +548,12 @@ def check_clips(clips: dict[str, list[Row]], inputs: Inputs, config, found: Find
             found.add("error", answer["code"], where, answer["reason"], clips[clip])
             continue
         facts[clip] = answer
+        if answer["cache_problem"]:
+            unwritten.append(answer["cache_problem"])
         for code, message in clip_warnings(clip, answer, config):
             found.add("warning", code, where, message)
+    if unwritten:
+        found.add("error", "cache_not_written", f"{len(unwritten):,} clips", f"{config.frame_cache}: {unwritten[0]}")
     sizes = Counter((f["width"], f["height"]) for f in facts.values() if min(f["width"], f["height"]) < SMALL_SIDE)
     for (width, height), number in sizes.most_common():
         found.add("warning", "small_video", f"{number:,} clips", f"{width}x{height}")
@@ -569,8 +574,7 @@ def check_clip(path: Path, config, image_size: int | None) -> dict:
             samples = clip.frames([indices[0], indices[len(indices) // 2], indices[-1]]).astype(np.float32).mean(-1)
             for start in range(0, len(indices), 128):  # in parts: bounds the memory of long clips
                 clip.frames(indices[start : start + 128])
-        if config.build_cache:
-            dataset.cached_frames(path, config.num_frames, image_size, config.frame_cache)
+        cache_problem = fill_cache(path, config, image_size) if config.build_cache else None
         with open(path, "rb") as file:
             head = file.read(1 << 20)
     except (VideoError, OSError) as error:
@@ -580,9 +584,18 @@ def check_clip(path: Path, config, image_size: int | None) -> dict:
     return {
         "width": width, "height": height, "frames": len(starts), "seconds": float(starts[-1]) + step,
         "fps": 1 / step if step > 0 else 0.0, "longest_gap": float(gaps.max()) / step if step > 0 else 1.0,
+        "cache_problem": cache_problem,
         "content": (path.stat().st_size, hashlib.sha256(head).hexdigest()),
         "thumbnails": samples.reshape(3, 8, 12, 8, 12).mean((2, 4)),  # first, middle and last frame in grey
     }
+
+
+def fill_cache(path: Path, config, image_size: int) -> str | None:
+    """Store a clip's frames for training; returns why they could not be written."""
+    try:
+        dataset.cached_frames(path, config.num_frames, image_size, config.frame_cache, must_write=True)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def clip_warnings(clip: str, facts: dict, config) -> Iterator[tuple[str, str]]:

@@ -674,12 +674,13 @@ def decode_frames(path, num_frames: int, size: int) -> np.ndarray:
     return frames
 
 
-def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
+def cached_frames(path, num_frames: int, size: int, cache_dir, must_write: bool = False) -> np.ndarray:
     """`decode_frames` through the cache in folder `cache_dir` (None: no cache). Safe under many processes and machines.
 
     A file is identified by the clip's path, size and time of change and by what was asked for. It is written under a
     temporary name and renamed (at worst, two processes both decode a clip); one that is damaged or holds
-    something else is made again. Where the cache cannot be read or written, frames are decoded. Raises VideoError.
+    something else is made again. Where the cache cannot be read or written, frames are decoded; with `must_write`, a
+    file that cannot be written is an OSError instead. Raises VideoError.
     """
     if cache_dir is None:
         return decode_frames(path, num_frames, size)
@@ -694,6 +695,8 @@ def cached_frames(path, num_frames: int, size: int, cache_dir) -> np.ndarray:
         try:
             _write_cache(file, key, frames)
         except OSError as error:
+            if must_write:
+                raise
             _warn_of_cache("write", cache_dir, error)
     return frames
 

@@ -907,22 +907,28 @@ class DriveVLM(nn.Module):
         temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-                 if self.parameter_group(name) in ("projector", "temporal")}
-        save_file(state, temporary / "projector.safetensors")
-        if isinstance(self.llm, PeftModel):
-            self.llm.save_pretrained(temporary / "adapter", selected_adapters=["default"], save_embedding_layers=False)
-            (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        self.tokenizer.save_pretrained(temporary)
-        meta = self._meta(stage)
-        for name, content in (("clips.json", self.clips), ("drivevlm.json", meta)):
-            (temporary / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        try:
+            self._write(temporary, self._meta(stage))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
         return folder
+
+    def _write(self, folder, meta):
+        folder.mkdir(parents=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+                 if self.parameter_group(name) in ("projector", "temporal")}
+        save_file(state, folder / "projector.safetensors")
+        if isinstance(self.llm, PeftModel):
+            self.llm.save_pretrained(folder / "adapter", selected_adapters=["default"], save_embedding_layers=False)
+            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        self.tokenizer.save_pretrained(folder)
+        for name, content in (("clips.json", self.clips), ("drivevlm.json", meta)):
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def _meta(self, stage):
         lora = None

@@ -102,7 +102,7 @@ def train(config, train_entries, held_out, run, checkpoint, signals):
     # ---- the result
     run.draw_curves(loop.PANELS)
     if run.main:
-        model.save_checkpoint(run.model_folder, stage=1)
+        loop.save_result(run, model, stage=1)
     accelerator.end_training()
     run.print(f"done: {run.model_folder} | next: python train_stage2.py --init_from {run.folder}")
 

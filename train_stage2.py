@@ -103,7 +103,7 @@ def train(config, train_entries, held_out, run, checkpoint, signals):
     # ---- the result
     run.draw_curves(loop.PANELS)
     if run.main:
-        model.save_checkpoint(run.model_folder, stage=2)
+        loop.save_result(run, model, stage=2)
     accelerator.end_training()
     run.print(f"done: {run.model_folder} | next: python train_stage3.py --init_from {run.folder}")
 

@@ -91,7 +91,8 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
                              failed_clips=failed_clips, init_from=config.init_from, reference_sha256=reference_hash)
 
     # ---- the loop: step 0 only evaluates, which gives the baseline before training
-    dead_steps, began = state.get("dead_steps", 0), time.perf_counter()
+    dead_steps = state.get("dead_steps", 0) if config.resume == "auto" else 0  # a branch gets all of them again
+    began = time.perf_counter()
     for step in range(first_step, total_steps + 1):
         if step > first_step:
             loop.set_learning_rates(optimizer, {"lora": config.learning_rate},
@@ -119,7 +120,7 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
 
     # ---- the result
     if run.main:
-        model.save_checkpoint(run.model_folder, stage=3)
+        loop.save_result(run, model, stage=3)
         run.print(f"report: {write_report(run.folder, config)}")
     accelerator.end_training()
     run.print(f"done: {run.model_folder} | next: evaluate.py --checkpoint s2={config.init_from} s3={run.folder}")
@@ -219,7 +220,7 @@ def stop(run, save, step, weights_are_of_this_step, dead_steps, problem):
         f"for {dead_steps} consecutive steps no group's rewards differed, so there is nothing to learn from (are all "
         "answers the same? see rollouts.jsonl and the entropy; a higher temperature helps)")
     last = step if weights_are_of_this_step else step - 1
-    save(last, dead_steps=0)  # a run that continues from here gets as many steps again
+    save(last, dead_steps=dead_steps)
     folder = run.checkpoints / f"step-{last:06d}"
     raise TrainingError(f"step {step}: {problem}\nthe weights before that are in {folder}; --resume with this path and "
                         "another --output_dir continues from there with other settings")

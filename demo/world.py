@@ -560,11 +560,13 @@ def make_clip(seed, held_out=False):
 
 
 def write_video(path, frames):
-    """Encode uint8 RGB frames [T, H, W, 3] as H.264; the file is complete or absent."""
+    """Encode uint8 RGB frames [T, H, W, 3] as H.264; same frames, same bytes. The file is complete or absent."""
     path = Path(path)
     partial_path = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with av.open(str(partial_path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast"})
+        # mbtree=0: x264's lookahead makes other files of the same frames in one run than in the next
+        options = {"crf": "18", "preset": "veryfast", "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
@@ -640,7 +642,7 @@ def make_one(index, seed, held_out, folder):
 
 def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
-    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 2}
+    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 3}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         say(f"{output_dir} is complete: {num_clips} clips")

@@ -545,6 +545,17 @@ def test_build_cache_decodes_every_clip_once(tiny, check, tmp_path, monkeypatch)
         assert dataset.cached_frames(clip, 2, 96, tmp_path / "cache").shape == (2, 96, 96, 3)
 
 
+def test_a_cache_that_cannot_be_written_is_one_error_and_no_fault_of_the_clips(tiny, check, tmp_path):
+    rows = json.loads(tiny.data.read_text())
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    exit_code, report = check(rows, "--build-cache", "--drop-bad", tmp_path / "sound.jsonl")
+    assert exit_code == 1
+    problem, = [problem for problem in report["problems"] if problem["level"] == "error"]
+    assert (problem["code"], problem["where"]) == ("cache_not_written", "6 clips")
+    assert problem["message"].endswith("cache: Not a directory")
+    assert len((tmp_path / "sound.jsonl").read_text().splitlines()) == len(rows)
+
+
 def test_reports_hold_counts_problems_and_coloured_tokens(tiny, check, tmp_path, capsys):
     rows = [both(clip.name, "A <b>car</b>") for clip in tiny.videos.glob("*.mp4")]
     rows += [{"video": f"lost_{i}.mp4", "copilot": [f"Car {i}."]} for i in range(30)]

@@ -134,6 +134,11 @@ def test_broken_yaml_is_refused(content, word, tmp_path, capsys):
     assert any(word in line for line in problems_of(capsys, "--config", str(file)))
 
 
+@pytest.mark.parametrize("value", ["${HOME}/clips", "${seed", "${oc.env:HOME}"])
+def test_a_flag_that_refers_to_another_key_is_refused(value, capsys):
+    assert any(f"--data: '{value}' refers to another key" in line for line in problems_of(capsys, "--data", value))
+
+
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.e-3", "+1e-3", "'1e-3'", "0.001"])
 def test_numbers_with_an_exponent_need_no_dot(number, tmp_path, recwarn):
     """YAML 1.1, which most parsers follow, takes 1e-3 for a text."""

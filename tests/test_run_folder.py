@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -539,8 +540,10 @@ ON_A_SMALL_DISK = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from types import SimpleNamespace
 import torch
 from test_run_folder import Config
+from training import loop
 from training.common import run_main
 from training.run_folder import RunFolder, checkpoint_problems
 
@@ -552,6 +555,13 @@ def fill():
             except OSError:
                 return
 
+def save_model(folder, stage):
+    folder.mkdir()
+    (folder / "drivevlm.json").write_text("x")
+
+model, sound = SimpleNamespace(save_checkpoint=save_model), SimpleNamespace(reasons=set())
+alone = SimpleNamespace(wait_for_everyone=lambda: None)
+
 def main():
     with RunFolder("run") as run:
         run.start(Config(output_dir="run"))
@@ -559,16 +569,20 @@ def main():
             if step == 3 and {kind!r} == "logs":
                 fill()
             run.log_scalars(step, {{f"number {{i}}": 1.0 for i in range(size // 100)}}, line=f"step {{step}}")
-            with run.checkpoint(step, keep=1) as folder:
-                (folder / "model").mkdir()
-                (folder / "model" / "drivevlm.json").write_text("x")
-                torch.save(torch.zeros(size), folder / "optimizer.pt")
+            optimizer = SimpleNamespace(state_dict=lambda: torch.zeros(size))
+            loop.save_checkpoint(SimpleNamespace(keep_checkpoints=1), run, alone, model, optimizer, step, 1, sound)
 
 try:
     run_main(main)
 finally:
     print("left:", os.listdir("run/checkpoints"), checkpoint_problems(Path("run/checkpoints/step-000002")))
 """
+
+
+def test_a_result_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
+    run = types.SimpleNamespace(model_folder=tmp_path / "model")
+    with pytest.raises(TrainingError, match=f"cannot write {tmp_path}/model: No space left"):
+        loop.save_result(run, types.SimpleNamespace(save_checkpoint=full), stage=1)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
@@ -593,7 +607,7 @@ def test_folders_that_cannot_be_synchronised_are_let_go_but_nothing_else(tmp_pat
         sync_to_disk(tmp_path)
 
 
-@pytest.mark.parametrize("kind, words", [("torch", "run/checkpoints/step-000003: "),
+@pytest.mark.parametrize("kind, words", [("torch", "run/checkpoints/step-000003: No space left"),
                                          ("logs", "run/metrics.jsonl: No space left")])
 def test_a_real_full_disk(kind, words, tmp_path):
     disk, script = tmp_path / "disk", tmp_path / "on_a_small_disk.py"

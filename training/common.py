@@ -226,13 +226,16 @@ def _with_value(cls, config, key, value):
 
 
 def impossible_values(tree: dict, prefix="") -> list[str]:
-    """Values that no program can work with: numbers that are not finite, seeds below 0."""
+    """Values that no program can work with: numbers that are not finite, seeds below 0, references to other keys."""
     found = []
     for key, value in tree.items():
         if isinstance(value, dict):
             found += impossible_values(value, f"{prefix}{key}.")
         elif isinstance(value, float) and not math.isfinite(value):
             found.append(f"{prefix}{key} must be a finite number, got {value}")
+        elif isinstance(value, str) and "${" in value:
+            found.append(f"{prefix}{key}: {value!r} refers to another key, which does not work here; "
+                         "write the value itself")
         elif key in ("seed", "split_seed") and not 0 <= value < 2**63:
             found.append(f"{key} must be at least 0 and below 2**63, got {value}")
     return found

@@ -38,7 +38,7 @@ from dataset import (
 )
 from model import ModelError, base_model_problem, read_checkpoint, read_clips
 from training.common import StopRun, TrainingError, fail, is_other_base, process_rank, stable_seed
-from training.run_folder import checkpoint_step
+from training.run_folder import checkpoint_step, writing
 
 PANELS = {  # curves.png of stages 1 and 2
     "loss": ["loss", "eval_loss", *(f"eval_loss_{mode}" for mode in MODES)],
@@ -502,7 +502,14 @@ def save_checkpoint(config, run, accelerator, model, optimizer, step, stage, fai
                         failed_clips=sorted(failed_clips.reasons), **state) as folder:
         if run.main:
             model.save_checkpoint(folder / "model", stage=stage)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            with open(folder / "optimizer.pt", "wb") as file:  # by path, torch hides why it could not write
+                torch.save(optimizer.state_dict(), file)
+
+
+def save_result(run, model, stage):
+    """The stage's result, model/: written last, complete or absent. For rank 0."""
+    with writing(run.model_folder):
+        model.save_checkpoint(run.model_folder, stage=stage)
 
 
 def restore(checkpoint, optimizer, failed_clips, device) -> tuple[int, dict]:
