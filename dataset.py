@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import safetensors.torch
 import torch
 from jinja2 import TemplateError
 from torch.utils.data import Dataset
@@ -745,6 +746,62 @@ def _write_cache(file: Path, key: str, frames: np.ndarray) -> None:
         stored.write(frames.data)
 
 
+class ClipTensors:
+    """One tensor per clip, made of its frames by frozen parts of a model, in a folder as one file per clip.
+
+    A clip is processed alone (a batch would round differently) and read back after writing, so that a run that makes
+    the tensors and one that finds them are equal to the bit. The file's name depends on all that decides its content:
+    `made_by` (a text that names the frozen parts) and the clip's path, size and time of change. `shape`: that of the
+    tensors. Holds no model, so that data loader workers can have a copy.
+    """
+
+    def __init__(self, folder, made_by: str, shape: tuple, video_root, num_frames: int, image_size: int, frame_cache):
+        self.folder, self.made_by, self.shape, self.video_root = Path(folder), made_by, tuple(shape), video_root
+        self.num_frames, self.image_size, self.frame_cache = num_frames, image_size, frame_cache
+
+    def make(self, video: str, compute) -> torch.Tensor:
+        """The tensor of a clip, made with `compute` (frames uint8 [1, T, S, S, 3] -> [1, ...]) where it is not there.
+
+        VideoError where the clip cannot be read, OSError where the file cannot be written.
+        """
+        path, file = self._place(video)
+        tensor = self._load(file)
+        if tensor is None:
+            frames = cached_frames(path, self.num_frames, self.image_size, self.frame_cache)
+            with torch.no_grad():
+                tensor = compute(torch.from_numpy(frames)[None])[0]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary, open(temporary, "wb") as stored:
+                stored.write(safetensors.torch.save({"tensor": tensor.cpu().contiguous()}))
+            tensor = self._load(file)
+        return tensor
+
+    def read(self, video: str) -> torch.Tensor:
+        """The tensor of a clip; VideoError where none was made."""
+        path, file = self._place(video)
+        tensor = self._load(file)
+        if tensor is None:
+            decode_frames(path, self.num_frames, self.image_size)  # says what is wrong with the clip
+            raise VideoError(path, f"{self.folder} holds nothing for it: unreadable at the start, or changed since")
+        return tensor
+
+    def _place(self, video: str) -> tuple[Path, Path]:
+        """(the clip's file, the tensor's file)"""
+        path = resolve_video(self.video_root, video)
+        found = _stat_clip(path)
+        key = f"{self.made_by} {path} {found.st_size} {found.st_mtime_ns}"
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return path, self.folder / name[:2] / f"{name}.safetensors"
+
+    def _load(self, file: Path) -> torch.Tensor | None:
+        """What a file holds; None where it is not there, or damaged."""
+        try:
+            tensor = safetensors.torch.load(file.read_bytes())["tensor"]
+        except (FileNotFoundError, safetensors.SafetensorError, KeyError):
+            return None
+        return tensor if tuple(tensor.shape) == self.shape else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a data loader needs
 
@@ -753,19 +810,21 @@ class VideoInstructDataset(Dataset):
     """Examples for training and evaluation; `ds[(epoch, index)]`, or `ds[index]` for epoch 0.
 
     An example is {"id", "frames" uint8 [T, S, S, 3], "input_ids", "labels" (lists of one length), "cut" (did the answer
-    not fit?)}. A clip that cannot be read is never replaced by another: its example has "error" ("path: reason"), black
-    frames and no supervised token, and `collate` leaves it out. Caption variant and augmentation depend on (seed,
-    epoch, id) alone; with `train=False` the answer is `captions[0]` and frames stay as they are.
+    not fit?)}; with `features` (the tower's, as ClipTensors), it has "features" [T, P, Dv] instead of frames. A clip
+    that cannot be read is never replaced by another: its example has "error" ("path: reason"), zeros for frames and no
+    supervised token, and `collate` leaves it out. Caption variant and augmentation (with `augment`) depend on (seed,
+    epoch, id) alone; with `train=False` the answer is `captions[0]`.
     """
 
     def __init__(
         self, entries: list[Entry], tokenizer, *, video_root, num_frames: int, image_size: int,
         num_visual_tokens: int, max_text_tokens: int, cache_dir=None, seed: int = 0, train: bool = True,
+        augment: bool = False, features: ClipTensors | None = None,
     ):
         self.entries, self.tokenizer, self.video_root = entries, tokenizer, Path(video_root)
         self.num_frames, self.image_size, self.cache_dir = num_frames, image_size, cache_dir
         self.num_visual_tokens, self.max_text_tokens = num_visual_tokens, max_text_tokens
-        self.seed, self.train = seed, train
+        self.seed, self.train, self.augment, self.features = seed, train, augment, features
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -779,15 +838,25 @@ class VideoInstructDataset(Dataset):
             self.tokenizer, entry.question, caption, self.num_visual_tokens, self.max_text_tokens
         )
         try:
-            path = resolve_video(self.video_root, entry.video)
-            frames = cached_frames(path, self.num_frames, self.image_size, self.cache_dir)
+            clip = self._read(entry.video, draw)
         except VideoError as error:
             example["labels"] = [IGNORE_INDEX] * len(example["labels"])
-            black = torch.zeros(self.num_frames, self.image_size, self.image_size, 3, dtype=torch.uint8)
-            return {"id": entry.id, "error": str(error), "frames": black, "cut": False, **example}
-        if self.train:
-            frames = augment(frames, draw)
-        return {"id": entry.id, "frames": torch.from_numpy(frames), "cut": cut, **example}
+            return {"id": entry.id, "error": str(error), "cut": False, **self._nothing(), **example}
+        return {"id": entry.id, "cut": cut, **clip, **example}
+
+    def _read(self, video: str, draw: random.Random) -> dict[str, torch.Tensor]:
+        """The clip of an example, as frames or features."""
+        if self.features is not None:
+            return {"features": self.features.read(video)}
+        path = resolve_video(self.video_root, video)
+        frames = cached_frames(path, self.num_frames, self.image_size, self.cache_dir)
+        return {"frames": torch.from_numpy(augment(frames, draw) if self.augment else frames)}
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """What stands for a clip that cannot be read."""
+        if self.features is not None:
+            return {"features": torch.zeros(self.features.shape)}
+        return {"frames": torch.zeros(self.num_frames, self.image_size, self.image_size, 3, dtype=torch.uint8)}
 
 
 def augment(frames: np.ndarray, draw: random.Random) -> np.ndarray:
@@ -801,9 +870,9 @@ def augment(frames: np.ndarray, draw: random.Random) -> np.ndarray:
 def collate(examples: list[dict], pad_token_id: int) -> dict:
     """One batch, padded on the right to its longest row. Examples with an error are left out and listed.
 
-    Returns {"frames" uint8 [B, T, S, S, 3], "input_ids" [B, L], "attention_mask" [B, L], "labels" [B, L], "ids",
-    "num_cut" (rows whose answer did not fit), "errors"}. If every example failed, the first is kept: it supervises
-    nothing, so its loss is zero, with a graph.
+    Returns {"frames" uint8 [B, T, S, S, 3] or "features" [B, T, P, Dv], "input_ids" [B, L], "attention_mask" [B, L],
+    "labels" [B, L], "ids", "num_cut" (rows whose answer did not fit), "errors"}. If every example failed, the first is
+    kept: it supervises nothing, so its loss is zero, with a graph.
     """
     rows = [example for example in examples if "error" not in example] or examples[:1]
     length = max(len(row["input_ids"]) for row in rows)
@@ -815,8 +884,9 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
         input_ids[i, :n] = torch.tensor(row["input_ids"])
         attention_mask[i, :n] = 1
         labels[i, :n] = torch.tensor(row["labels"])
+    seen = "features" if "features" in rows[0] else "frames"
     return {
-        "frames": torch.stack([row["frames"] for row in rows]),
+        seen: torch.stack([row[seen] for row in rows]),
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": labels,

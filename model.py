@@ -496,6 +496,7 @@ class DriveVLM(nn.Module):
         grid = check_pooling(vision.config, pooling)
         self.tokens_per_frame = (grid // pooling) ** 2
         self.num_visual_tokens = num_frames * self.tokens_per_frame
+        self.feature_shape = num_frames, grid * grid, vision.config.hidden_size  # of the tower's features: T, P, Dv
         embedding = llm.get_input_embeddings().weight  # [V, D]
         limit = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and self.num_visual_tokens >= limit:
@@ -782,21 +783,39 @@ class DriveVLM(nn.Module):
 
     def encode_video(self, frames):
         """Frames uint8 [B, T, S, S, 3], RGB -> visual tokens [B, T * tokens_per_frame, D]."""
+        return self.project(self.tower_features(frames))
+
+    def tower_features(self, frames):
+        """Frames uint8 [B, T, S, S, 3] -> the tower's patches [B, T, P, Dv], in its own dtype.
+
+        One clip at a time, as a batch would round differently: features from a cache equal fresh ones to the bit.
+        """
         shape = (self.num_frames, self.image_size, self.image_size, 3)
         if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != shape:
             raise ModelError(f"frames are {frames.dtype} {list(frames.shape)}, need torch.uint8 [B, "
                              + ", ".join(map(str, shape)) + "]")
-        b, t = frames.shape[:2]
         # The tower runs in its own dtype, not under autocast; where that is float32, its convolution is without TF32.
         exact = self.dtype == torch.float32
         precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if exact else nullcontext()
         with torch.set_grad_enabled("vision" in self.trained_groups and torch.is_grad_enabled()), precision:
             with torch.autocast(self.device.type, enabled=False):
-                parts = frames.flatten(0, 1).split(FRAMES_PER_PASS)
-                patches = torch.cat([self.vision(part.to(self.device)) for part in parts])  # [B*T, P, Dv]
+                return torch.stack([self._patches(clip) for clip in frames])
+
+    def _patches(self, clip):
+        """Frames of one clip [T, S, S, 3] -> [T, P, Dv]"""
+        return torch.cat([self.vision(part.to(self.device)) for part in clip.split(FRAMES_PER_PASS)])
+
+    def project(self, features):
+        """The tower's patches [B, T, P, Dv] -> visual tokens [B, T * tokens_per_frame, D]."""
         with self.autocast():
-            patches = patches.view(b, t, *patches.shape[1:]) + self.temporal[:, None]  # [B, T, P, Dv]
-            return self.projector(patches.flatten(0, 1)).view(b, self.num_visual_tokens, -1)
+            patches = features.to(self.device) + self.temporal[:, None]  # [B, T, P, Dv]
+            return self.projector(patches.flatten(0, 1)).view(len(patches), self.num_visual_tokens, -1)
+
+    def frozen_parts_id(self, *groups):
+        """Names what frozen parts of the model make of a clip: a text that changes with their weights, the frames that
+        they read and the number type."""
+        weights = {name: tensor for name, tensor in self.state_dict().items() if self.parameter_group(name) in groups}
+        return f"{adapter_hash(weights)} {self.num_frames} frames of {self.image_size} px, {self.dtype}"
 
     def embed(self, input_ids, visual):
         """Embeddings [B, L, D] of input_ids [B, L], with visual [B, N, D] instead of the placeholder tokens'."""
@@ -826,15 +845,18 @@ class DriveVLM(nn.Module):
             )
         return output.last_hidden_state
 
-    def forward(self, frames, input_ids, attention_mask, labels, num_items_in_batch=None, **ignored):
+    def forward(self, *, input_ids, attention_mask, labels, frames=None, features=None, num_items_in_batch=None,
+                **ignored):
         """Token-weighted cross-entropy of the labels; only label positions reach the head.
 
-        frames uint8 [B, T, S, S, 3]; input_ids, attention_mask, labels [B, L], labels -100 where not supervised.
-        Returns {"loss": loss_sum / (num_items_in_batch or this batch's label tokens), "loss_sum", "num_tokens"}.
+        frames uint8 [B, T, S, S, 3], or features [B, T, P, Dv] that the tower made of them; input_ids, attention_mask,
+        labels [B, L], labels -100 where not supervised. Returns {"loss": loss_sum / (num_items_in_batch or this
+        batch's label tokens), "loss_sum", "num_tokens"}.
         """
         device = self.device
         input_ids, labels = input_ids.to(device), labels.to(device)
-        embeds = self.embed(input_ids, self.encode_video(frames))
+        visual = self.encode_video(frames) if features is None else self.project(features)  # [B, N, D]
+        embeds = self.embed(input_ids, visual)
         hidden = self.hidden_states(embeds, attention_mask.to(device))
         counted = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         logps, _ = token_logps(hidden[:, :-1][counted], self.head_weight, labels[:, 1:][counted])

@@ -52,7 +52,7 @@ def build_model(config, checkpoint, device):
 def train(config, train_entries, held_out, run, checkpoint, signals):
     # ---- set-up
     total_steps = loop.count_steps(config, len(train_entries))
-    accelerator = loop.start_accelerator()
+    accelerator = loop.start_accelerator(timeout_hours=12 if config.tower_cache else 0.5)
     run.start(config, checkpoint)
     run.print(f"stage 1 in {run.folder} on {accelerator.device} | entries: {len(train_entries)} to train on, "
               f"{len(held_out)} held out")
@@ -65,8 +65,9 @@ def train(config, train_entries, held_out, run, checkpoint, signals):
     run.print(model.trainable_table())
 
     # ---- data and optimizer
-    train_set = loop.make_dataset(config, model, train_entries, train=True)
-    held_out_set = loop.make_dataset(config, model, held_out, train=False)
+    features = loop.tower_features(config, accelerator, model, [*train_entries, *held_out])
+    train_set = loop.make_dataset(config, model, train_entries, features)
+    held_out_set = loop.make_dataset(config, model, held_out, features, train=False)
     failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*train_entries, *held_out]}))
     learning_rates = {"projector": config.learning_rate, "temporal": config.learning_rate}  # peaks
     optimizer = loop.make_optimizer(model, learning_rates, config.weight_decay)

@@ -8,30 +8,26 @@
 """
 
 import dataclasses
-import hashlib
 import importlib
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from dataset import (
     IGNORE_INDEX,
     MODE_TABLE,
     MODES,
+    ClipTensors,
     Entry,
     VideoError,
-    cached_frames,
     encode_example,
     encode_prompt,
-    resolve_video,
 )
-from model import adapter_hash, head_logits
+from model import head_logits
 from stage3.evidence import Evidence, evidence_dict
 from stage3.grpo import (
     NOBODY,
@@ -44,7 +40,7 @@ from stage3.grpo import (
     sees,
 )
 from stage3.grpo_reward_func import label_mentions
-from training.common import TrainingError, replacing, stable_seed
+from training.common import TrainingError, stable_seed
 from training.loop import clock, mean_losses, require_finite, sum_over_ranks
 
 
@@ -79,32 +75,18 @@ class Rollout:
 class VisualTokens:
     """Projected tokens of clips [N, D], kept in a folder as one file per clip.
 
-    Tower and projector are frozen in stage 3, so a clip goes through them once: alone (a batch would round differently)
-    and read back after writing, so that a run that computes them and one that finds them on disk are bitwise identical.
-    The file's name depends on everything that decides its content: tower, projector, frames, number type, the clip's
-    size and time.
+    Tower and projector are frozen in stage 3, so a clip goes through them once.
     """
 
     def __init__(self, model, folder, video_root, frame_cache=None):
-        self.model, self.folder, self.video_root, self.frame_cache = model, Path(folder), video_root, frame_cache
-        self.folder.mkdir(parents=True, exist_ok=True)
-        vision = {name: p for name, p in model.state_dict().items() if name.split(".")[0] in ("projector", "temporal")}
-        made_by = (model.base["vision_model"], adapter_hash(vision), model.num_frames, model.image_size, model.dtype)
-        self.made_by = repr(made_by)
+        shape = model.num_visual_tokens, model.head_weight.shape[1]
+        self.model = model
+        self.tensors = ClipTensors(folder, model.frozen_parts_id("vision", "projector", "temporal"), shape, video_root,
+                                   model.num_frames, model.image_size, frame_cache)
 
     def __call__(self, video):
         """Tokens [N, D] of `video` as the data file names it; VideoError where it cannot be read."""
-        path = resolve_video(self.video_root, video)
-        stat = path.stat() if path.is_file() else None
-        clip = f"{self.made_by} {path} {stat and (stat.st_size, stat.st_mtime_ns)}"
-        file = self.folder / f"{hashlib.sha256(clip.encode()).hexdigest()[:32]}.safetensors"
-        if not file.is_file():
-            frames = cached_frames(path, self.model.num_frames, self.model.image_size, self.frame_cache)
-            with torch.no_grad():
-                tokens = self.model.encode_video(torch.as_tensor(frames)[None])[0]  # [N, D]
-            with replacing(file) as temporary:
-                save_file({"tokens": tokens.cpu().contiguous()}, temporary)
-        return load_file(file)["tokens"].to(self.model.device)
+        return self.tensors.make(video, self.model.encode_video).to(self.model.device)
 
 
 def prompts_of_step(entries, step, count, modes, seed):

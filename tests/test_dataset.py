@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, write_clip
 from transformers import AutoTokenizer
@@ -32,6 +33,7 @@ from dataset import (
     MODE_TABLE,
     MODES,
     Clip,
+    ClipTensors,
     DataError,
     Entry,
     Mode,
@@ -950,7 +952,7 @@ def test_examples_hold_frames_ids_and_labels(make_dataset, qwen, tiny):
 def test_variant_and_augmentation_depend_on_seed_epoch_and_id_alone(make_dataset, tiny):
     variants = tuple(f"A red car number {i} stops." for i in range(20))
     entries = [replace(e, captions=variants) for e in load_entries(tiny.data)]
-    one, other = make_dataset(entries), make_dataset(entries[::-1])
+    one, other = make_dataset(entries, augment=True), make_dataset(entries[::-1], augment=True)
     for epoch in range(3):
         a, b = one[(epoch, 2)], other[(epoch, len(entries) - 3)]
         assert a["id"] == b["id"] and a["labels"] == b["labels"] and torch.equal(a["frames"], b["frames"])
@@ -1046,3 +1048,57 @@ def test_a_loader_names_clips_that_hang_or_crash_the_decoder(make_dataset, qwen,
     batch, = list(loader)
     assert batch["ids"] == ["bus#microscope"]
     assert batch["errors"] == [f"{tmp_path / name}: {reason}" for name, reason in REASONS.items()]
+
+
+# ---- one tensor per clip ---------------------------------------------------------------------------------------------
+
+
+def brightness(frames):
+    """A model's frozen part that is easy to check: [1, T, S, S, 3] -> [1, T]."""
+    return frames.float().mean((2, 3, 4))
+
+
+def test_tensors_of_clips_are_made_once_and_again_where_clip_or_maker_changed(tiny, tmp_path):
+    shutil.copytree(tiny.videos, tmp_path / "videos")
+    clip, calls = tmp_path / "videos" / "car.mp4", []
+
+    def maker(made_by="tower 1", shape=(4,)):
+        return ClipTensors(tmp_path / "cache", made_by, shape, tmp_path / "videos", 4, 96, None)
+
+    def compute(frames):
+        calls.append(frames.shape)
+        return brightness(frames)
+
+    first = maker().make("car.mp4", compute)
+    expected = torch.from_numpy(read_frames(clip, 4, 96)[None])
+    assert torch.equal(first, brightness(expected)[0]) and calls == [(1, 4, 96, 96, 3)]
+    assert torch.equal(maker().make("car.mp4", compute), first) and len(calls) == 1
+    assert torch.equal(maker().read("car.mp4"), first)
+    maker("tower 2").make("car.mp4", compute)
+    assert len(calls) == 2
+    os.utime(clip, (1, 1))
+    with pytest.raises(VideoError, match="holds nothing for it: unreadable at the start, or changed since"):
+        maker().read("car.mp4")
+    maker().make("car.mp4", compute)
+    assert len(calls) == 3
+    assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_damaged_tensors_are_made_again_and_clips_that_cannot_be_read_have_none(tiny, tmp_path):
+    tensors = ClipTensors(tmp_path / "cache", "tower", (4,), tiny.videos, 4, 96, None)
+    whole = tensors.make("car.mp4", brightness)
+    file, = (tmp_path / "cache").rglob("*.safetensors")
+    for damage in (b"", file.read_bytes()[:40], safetensors.torch.save({"tensor": torch.zeros(3)})):
+        file.write_bytes(damage)
+        with pytest.raises(VideoError, match="holds nothing for it"):
+            tensors.read("car.mp4")
+        assert torch.equal(tensors.make("car.mp4", brightness), whole)
+    for use in (tensors.read, lambda video: tensors.make(video, brightness)):
+        with pytest.raises(VideoError, match="no such file"):
+            use("none.mp4")
+
+
+def test_bfloat16_survives_the_file(tiny, tmp_path):
+    tensors = ClipTensors(tmp_path / "cache", "tower", (4,), tiny.videos, 4, 96, None)
+    made = tensors.make("car.mp4", lambda frames: brightness(frames).bfloat16())
+    assert made.dtype == torch.bfloat16 and torch.equal(tensors.read("car.mp4"), made)

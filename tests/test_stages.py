@@ -356,6 +356,69 @@ def test_a_broken_clip_is_skipped_counted_named_and_never_replaced(tiny, tmp_pat
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+# ---- features of the frozen tower, made once -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cached_features_give_the_same_bytes(stage, runs, tiny, tmp_path, monkeypatch):
+    def run(name, **changes):
+        settings = {"augment": "false", "max_steps": 3, **changes}
+        if stage == 1:
+            return stage1(tiny, tmp_path / name, **settings)
+        return stage2(tiny, tmp_path / name, runs.one, **settings)
+
+    plain, cached = run("plain"), run("cached", tower_cache=tmp_path / "tower")
+    assert files(cached / "model") == files(plain / "model")
+    assert steps(cached)[3]["eval_loss"] == steps(plain)[3]["eval_loss"]
+    assert len(list((tmp_path / "tower").rglob("*.safetensors"))) == 6
+
+    def no_tower(*_):
+        raise AssertionError("the tower ran again")
+
+    monkeypatch.setattr(DriveVLM, "tower_features", no_tower)
+    monkeypatch.setattr(loop, "show_answers", lambda *_: None)
+    again = run("again", tower_cache=tmp_path / "tower")
+    assert files(again / "model") == files(plain / "model")
+
+
+def test_the_tower_cache_needs_clips_as_they_are_and_a_frozen_tower(tiny, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="tower_cache: its features are of clips as they are"):
+        stage1(tiny, tmp_path / "run", tower_cache=tmp_path / "tower")
+    config = SimpleNamespace(tower_cache="tower")
+    with pytest.raises(ConfigError, match="tower_cache: the tower is trained"):
+        loop.tower_features(config, None, SimpleNamespace(trained_groups=("projector", "vision")), [])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_clip_has_no_features_and_is_named(tiny, tmp_path):
+    train, _ = split_by_video(load_entries(tiny.data), 2, 42)
+    videos = with_broken_clip(tiny, tmp_path, train[0].video)
+    folder = stage1(tiny, tmp_path / "run", video_root=videos, max_failed_share=0.5, augment="false",
+                    tower_cache=tmp_path / "tower", per_device_batch_size=1, gradient_accumulation_steps=4, max_steps=2)
+    assert steps(folder)[2]["failed_clips"] == 1
+    log = (folder / "train.log").read_text()
+    assert f"{train[0].video}: not a readable video" in log
+    assert len(list((tmp_path / "tower").rglob("*.safetensors"))) == 5
+
+
+def test_two_processes_share_the_clips_and_a_full_disk_is_said(tiny, tmp_path, monkeypatch):
+    entries, waited = load_entries(tiny.data), []
+    model = SimpleNamespace(
+        trained_groups=("projector",), frozen_parts_id=lambda *groups: "tower", num_frames=2, image_size=96,
+        feature_shape=(2, 1), tower_features=lambda frames: torch.ones(1, 2, 1))
+    config = SimpleNamespace(tower_cache=tmp_path / "tower", video_root=tiny.videos, frame_cache=None)
+    for rank in range(2):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0,
+                                      wait_for_everyone=lambda: waited.append(1))
+        features = loop.tower_features(config, accelerator, model, entries)
+        assert len(list((tmp_path / "tower").rglob("*.safetensors"))) == 3 * (rank + 1) and len(waited) == rank + 1
+    assert all(torch.equal(features.read(entry.video), torch.ones(2, 1)) for entry in entries)
+    (tmp_path / "file").write_text("")
+    config.tower_cache = tmp_path / "file"
+    with pytest.raises(TrainingError, match=f"cannot write {tmp_path}/file: Not a directory"):
+        loop.tower_features(config, accelerator, model, entries)
+
+
 def test_too_many_broken_clips_stop_the_run(tiny, tmp_path, capsys):
     train, _ = split_by_video(load_entries(tiny.data), 2, 42)
     videos = with_broken_clip(tiny, tmp_path, train[0].video)

@@ -147,7 +147,22 @@ def judge_defaults() -> DetectorSettings:
 
 
 @dataclass
-class Stage1Config(TrainKeys):
+class SupervisedKeys(TrainKeys):
+    """Stages 1 and 2."""
+
+    augment: bool = True  # change brightness and contrast of the training clips, differently in each epoch
+    tower_cache: str | None = None  # folder for the frozen tower's features, made once per clip; needs augment: false
+    num_workers: int = 4  # processes that read clips; 0: read in the training process
+
+    def problems(self):
+        found = self.out_of_range(least=["num_workers"])
+        if self.tower_cache is not None and self.augment:
+            found.append("tower_cache: its features are of clips as they are, so it needs augment: false")
+        return super().problems() + found
+
+
+@dataclass
+class Stage1Config(SupervisedKeys):
     """train_stage1_ddp.py"""
 
     output_dir: str = "output/stage1"  # run folder: everything that this run writes
@@ -157,17 +172,16 @@ class Stage1Config(TrainKeys):
     weight_decay: float = 0.01  # on the projector's matrices; biases and temporal embeddings have none
     per_device_batch_size: int = 4  # clips per forward pass of one process
     gradient_accumulation_steps: int = 4  # forward passes per optimizer step
-    num_workers: int = 4  # processes that read clips; 0: read in the training process
     eval_every: int = 100  # steps between losses on the held-out clips (also before the first step, after the last)
     sample_every: int = 200  # steps between sample answers about three held-out clips
     save_every: int = 200  # steps between checkpoints (also after the last step)
 
     def problems(self):
-        return super().problems() + self.out_of_range(above=["pooling"], least=("num_workers", "weight_decay"))
+        return super().problems() + self.out_of_range(above=["pooling"], least=["weight_decay"])
 
 
 @dataclass
-class Stage2Config(TrainKeys):
+class Stage2Config(SupervisedKeys):
     """train_stage2.py"""
 
     output_dir: str = "output/stage2"  # run folder: everything that this run writes
@@ -181,11 +195,10 @@ class Stage2Config(TrainKeys):
     lora_dropout: float = 0.05  # dropout on the adapters' input
     per_device_batch_size: int = 2  # clips per forward pass of one process
     gradient_accumulation_steps: int = 16  # forward passes per optimizer step
-    num_workers: int = 4  # processes that read clips; 0: read in the training process
 
     def problems(self):
         found = self.out_of_range(above=("projector_learning_rate", "lora_r", "lora_alpha"),
-                                  least=("num_workers", "weight_decay"))
+                                  least=["weight_decay"])
         if not 0 <= self.lora_dropout < 1:
             found.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         return super().problems() + found

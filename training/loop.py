@@ -5,6 +5,7 @@ Order of clips, learning rate and dropout are functions of (seed, step, rank): `
 for bit. There is no DDP wrapper: gradients of the trained part are summed once per optimizer step (`sum_gradients`).
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -21,11 +22,13 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dataset import (
     IGNORE_INDEX,
     MODES,
+    ClipTensors,
     DataError,
     VideoError,
     VideoInstructDataset,
@@ -230,12 +233,33 @@ def seed_dropout(seed, step, rank):
 # ---- data and optimizer ----------------------------------------------------------------------------------------------
 
 
-def make_dataset(config, model, entries, train: bool) -> VideoInstructDataset:
-    """The entries as examples for `model`."""
+def tower_features(config, accelerator, model, entries) -> ClipTensors | None:
+    """The frozen tower's features of the entries' clips, all made before training; None without `tower_cache`.
+
+    Processes share the work. Clips that cannot be read have none: the data set names them when it is their turn.
+    """
+    if config.tower_cache is None:
+        return None
+    if "vision" in model.trained_groups:
+        fail(["tower_cache: the tower is trained, so its features change with every step; leave tower_cache out"])
+    features = ClipTensors(config.tower_cache, model.frozen_parts_id("vision"), model.feature_shape, config.video_root,
+                           model.num_frames, model.image_size, config.frame_cache)
+    videos = sorted({entry.video for entry in entries})[accelerator.process_index::accelerator.num_processes]
+    with writing(config.tower_cache):
+        for video in tqdm(videos, desc="  tower", unit=" clips", disable=None if accelerator.is_main_process else True):
+            with contextlib.suppress(VideoError):
+                features.make(video, model.tower_features)
+    accelerator.wait_for_everyone()
+    return features
+
+
+def make_dataset(config, model, entries, features=None, train: bool = True) -> VideoInstructDataset:
+    """The entries as examples for `model`; `features`: what `tower_features` gave."""
     return VideoInstructDataset(
         entries, model.tokenizer, video_root=config.video_root, num_frames=model.num_frames,
         image_size=model.image_size, num_visual_tokens=model.num_visual_tokens,
         max_text_tokens=config.max_text_tokens, cache_dir=config.frame_cache, seed=config.seed, train=train,
+        augment=config.augment and train, features=features,
     )
 
 
