@@ -170,7 +170,8 @@ def open_inputs(config) -> Inputs:
     files = [("data", config.data), *(("other_data", file) for file in config.other_data)]
     files += [("val_data", config.val_data)] if config.val_data else []
     modes = [("default_mode", config.default_mode), *(("word_range", mode) for mode in config.word_range)]
-    problems = [f"{key}: no file or folder {file} (README, 'Bring your own clips', says what rows look like)"
+    problems = dataset.video_reader_problems(config)
+    problems += [f"{key}: no file or folder {file} (README, 'Bring your own clips', says what rows look like)"
                 for key, file in files if not Path(file).exists()]
     problems += [f"{key}: no mode {mode!r}; modes are {', '.join(MODES)}" for key, mode in modes
                  if mode not in (None, *MODES)]

@@ -11,8 +11,10 @@ import csv
 import errno
 import functools
 import hashlib
+import importlib.util
 import json
 import os
+import platform
 import posixpath
 import random
 import re
@@ -557,8 +559,44 @@ def spread_over_time(starts: np.ndarray, num_frames: int) -> np.ndarray:
     return np.where(times - starts[right - 1] <= starts[right] - times, right - 1, right)
 
 
+def choose_video_reader(name: str = "auto") -> str:
+    """Resolve the key `video_reader` and use that reader from now on, in the processes that this one starts too.
+
+    auto: decord where it has wheels (x86-64 under Linux and Windows), elsewhere PyAV. Never a silent change from one
+    to the other: their frames differ slightly. DataError where it is not installed.
+    """
+    if name == "auto":
+        name = default_video_reader(platform.system(), platform.machine())
+    module = {"decord": "decord", "pyav": "av"}[name]
+    if importlib.util.find_spec(module) is None:
+        other = {"decord": "pyav", "pyav": "decord"}[name]
+        raise DataError(f"video_reader: {name} is not installed here; pip install {module}, or choose video_reader: "
+                        f"{other} (frames then differ slightly, so use it in all stages)")
+    os.environ["DRIVEVLM_VIDEO_READER"] = name
+    return name
+
+
+def video_reader_problems(config) -> list[str]:
+    """`choose_video_reader` for a program: sets the config's `video_reader` to what it resolves to."""
+    try:
+        config.video_reader = choose_video_reader(config.video_reader)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def default_video_reader(system: str, machine: str) -> str:
+    """The reader of a platform: system and machine as Python's `platform` names them."""
+    return "decord" if (system, machine.lower()) in (("Linux", "x86_64"), ("Windows", "amd64")) else "pyav"
+
+
+def video_reader() -> str:
+    """The reader in use: decord or pyav."""
+    return os.environ.get("DRIVEVLM_VIDEO_READER") or choose_video_reader()
+
+
 class Clip:
-    """A clip, open for reading; the only place that names a video decoder. Use as a context manager.
+    """A clip, open for reading; the only place that names video decoders. Use as a context manager.
 
         with Clip(path) as clip:
             clip.size                        # (width, height) of the frames, after the clip's rotation tag is applied
@@ -573,35 +611,27 @@ class Clip:
         self.path = path = Path(path)
         if _stat_clip(path).st_size == 0:
             raise VideoError(path, "empty file (0 bytes)")
-        # At the end of a clip decord polls its own decoding thread: a sound 720p clip needs up to 2,048 polls, and a
-        # busy machine more than an idle one; the default gives up at 10,240.
-        os.environ.setdefault("DECORD_EOF_RETRY_MAX", "40960")
-        import decord  # after torch, and only in the process that decodes: it can crash or hang otherwise
-
-        decord.logging.set_level(decord.logging.QUIET)
-        self._errors = (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError)
-        width, height = size or (-1, -1)
+        self._reader = {"decord": DecordReader, "pyav": PyAVReader}[video_reader()]()
         with self._reading():
-            self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), width=width, height=height, num_threads=1,
-                                              fault_tol=1)
+            self._reader.open(path, size)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._reader = None  # frees the decoder's buffers at once
+        self._reader.close()
 
     @contextlib.contextmanager
     def _reading(self):
         try:
             yield
-        except self._errors as error:
+        except self._reader.errors as error:
             raise VideoError(self.path, _reason(error)) from error
 
     @functools.cached_property
     def times(self) -> np.ndarray:
         with self._reading():
-            return self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0]
+            return self._reader.times()
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:
@@ -613,21 +643,122 @@ class Clip:
 
     def frames(self, indices) -> np.ndarray:
         with self._reading():
-            return self._reader.get_batch([int(index) for index in indices]).asnumpy()
+            return self._reader.frames([int(index) for index in indices])
 
 
-DECORD_REASONS = {  # words of decord's messages: what they mean
+class DecordReader:
+    """decord: rotates by itself; a damaged clip can hang or crash it (`decode_frames`)."""
+
+    def __init__(self):
+        # At the end of a clip decord polls its own decoding thread: a sound 720p clip needs up to 2,048 polls, and a
+        # busy machine more than an idle one; the default gives up at 10,240.
+        os.environ.setdefault("DECORD_EOF_RETRY_MAX", "40960")
+        import decord  # after torch, and only in the process that decodes: it can crash or hang otherwise
+
+        decord.logging.set_level(decord.logging.QUIET)
+        self.decord = decord
+        self.errors = (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError)
+
+    def open(self, path, size):
+        width, height = size or (-1, -1)
+        self.reader = self.decord.VideoReader(str(path), ctx=self.decord.cpu(0), width=width, height=height,
+                                              num_threads=1, fault_tol=1)
+
+    def close(self):
+        self.reader = None  # frees the decoder's buffers at once
+
+    def times(self):
+        return self.reader.get_frame_timestamp(np.arange(len(self.reader)))[:, 0]
+
+    def frames(self, indices):
+        return self.reader.get_batch(indices).asnumpy()
+
+
+class PyAVReader:
+    """PyAV: for platforms without decord. Frames are decoded in order, from the start again for an earlier one."""
+
+    def __init__(self):
+        import av
+
+        av.logging.set_level(av.logging.PANIC)
+        self.av, self.container, self.next_index = av, None, 0
+        self.errors = (av.FFmpegError, ClipDamage, IndexError)
+
+    def open(self, path, size):
+        self.path, self.size = str(path), size
+        try:
+            self._start()
+            self.starts, packets = [], 0  # presentation times, in units of the stream's time base
+            for packet in self.container.demux(self.stream):
+                packets += packet.size > 0
+                if packet.size and packet.pts is not None and not packet.is_discard:
+                    self.starts.append(packet.pts)
+        except (self.av.FFmpegError, IndexError) as error:
+            raise ClipDamage("not a readable video") from error
+        if packets < self.stream.frames:
+            raise ClipDamage("cut off: the file ends before its last frame")
+        if not self.starts:
+            raise ClipDamage("not a readable video")
+        self.starts.sort()
+        self._start()
+
+    def _start(self):
+        self.close()
+        self.container = self.av.open(self.path)
+        self.stream = self.container.streams.best("video") or self.container.streams.video[0]
+        self.stream.codec_context.thread_count = 1
+        self.stream.codec_context.options = {"err_detect": "explode"}  # an error instead of made-up pixels
+        self.decoder, self.next_index = self.container.decode(self.stream), 0
+
+    def close(self):
+        if self.container is not None:
+            self.container.close()
+
+    def times(self):
+        return np.array([float((start - self.starts[0]) * self.stream.time_base) for start in self.starts], np.float32)
+
+    def frames(self, indices):
+        pictures = {index: self._picture(index) for index in sorted(set(indices))}
+        return np.stack([pictures[index] for index in indices])
+
+    def _picture(self, index):
+        """One frame, uint8 [H, W, 3] RGB, rotated upright."""
+        if not 0 <= index < len(self.starts):
+            raise IndexError(f"frame {index} of {len(self.starts)}")
+        if index < self.next_index:
+            self._start()
+        frame = None
+        while self.next_index <= index:
+            frame = next(self.decoder, None)
+            if frame is None or frame.pts != self.starts[self.next_index]:
+                raise ClipDamage("damaged: the last frames cannot be decoded" if frame is None else
+                                 "damaged: frames are missing")
+            self.next_index += 1
+        turns = round(frame.rotation / 90) % 4  # quarter turns, counter-clockwise
+        width, height = self.size or (None, None)
+        if turns % 2:
+            width, height = height, width
+        picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")  # as decord's
+        return np.ascontiguousarray(np.rot90(picture, turns))
+
+
+class ClipDamage(Exception):
+    """What PyAVReader finds wrong with a clip, in plain words."""
+
+
+DECODER_REASONS = {  # words of decord's and FFmpeg's messages: what they mean
     "Error reading": "not a readable video",
     "av_read_frame failed": "cut off: the file ends before its last frame",
     "avcodec_send_packet": "damaged: a part of the stream cannot be decoded",
+    "Invalid data found": "damaged: a part of the stream cannot be decoded",
     "duplicate frames": "damaged: frames are missing, decord would repeat others in their place",
     "Unable to handle EOF": "damaged: the last frames cannot be decoded",
 }
 
 
 def _reason(error: Exception) -> str:
-    """decord's message in plain words, else its first line without source positions."""
-    for words, reason in DECORD_REASONS.items():
+    """A decoder's message in plain words, else its first line without source positions."""
+    for words, reason in DECODER_REASONS.items():
         if words in str(error):
             return reason
     line = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error).strip().split("\n")[0])
@@ -717,7 +848,7 @@ def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str
     """(cache file, the key that it must hold); raises VideoError where there is no clip."""
     path = Path(path).resolve()
     found = _stat_clip(path)
-    key = json.dumps([str(path), found.st_size, found.st_mtime_ns, num_frames, size, "decord"])
+    key = json.dumps([str(path), found.st_size, found.st_mtime_ns, num_frames, size, video_reader()])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(cache_dir) / name[:2] / f"{name}.frames", key
 

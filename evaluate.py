@@ -32,7 +32,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import MODE_TABLE, DataError, VideoError, cached_frames, load_split, resolve_video, sample_clip
+from dataset import (
+    MODE_TABLE,
+    DataError,
+    VideoError,
+    cached_frames,
+    load_split,
+    resolve_video,
+    sample_clip,
+    video_reader_problems,
+)
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 from pages.render import film_strip, highlight, render
 from stage3.detect_objects import evidence_problems, get_evidence
@@ -417,7 +426,7 @@ def open_inputs(config: EvaluateConfig):
 
     Everything that is missing or wrong comes in one message, exit code 2.
     """
-    problems, train, held_out, truth = [], [], [], None
+    problems, train, held_out, truth = video_reader_problems(config), [], [], None
     folders = open_checkpoints(config, problems)
     paths = {key: getattr(config, key) for key in ("data", "val_data", "video_root", "truth")}
     absent = {key for key, path in paths.items() if path and not Path(path).exists()}

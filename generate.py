@@ -17,13 +17,15 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import torch
 
-from dataset import MODE_TABLE, read_frames
+from dataset import MODE_TABLE, read_frames, video_reader_problems
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 
 
 def main(argv: list[str] | None = None) -> int:
     config = load_config(GenerateConfig, argv, description=__doc__)
-    problems = [] if Path(config.video).is_file() else [f"--video: no such file: {config.video}"]
+    problems = video_reader_problems(config)
+    if not Path(config.video).is_file():
+        problems.append(f"--video: no such file: {config.video}")
     try:
         read_checkpoint(config.checkpoint)
     except ModelError as error:

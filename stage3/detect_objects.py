@@ -31,7 +31,15 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from dataset import DataError, VideoError, load_entries, load_split, resolve_video, sample_clip
+from dataset import (
+    DataError,
+    VideoError,
+    load_entries,
+    load_split,
+    resolve_video,
+    sample_clip,
+    video_reader_problems,
+)
 from stage3.evidence import Evidence, clip_evidence
 from stage3.vocabulary_config import COCO_NAMES
 
@@ -376,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(DetectConfig, argv, default_config="configs/stage3.yaml", description=__doc__)
     settings = getattr(config, config.which)
     videos, problems = load_videos(config)
-    problems += weights_problems(settings, config.which)
+    problems += weights_problems(settings, config.which) + video_reader_problems(config)
     if config.which == "detector":
         problems += frames_problems(settings, "detector", config.num_frames)
     if not Path(config.video_root).is_dir():

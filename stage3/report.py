@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import MODE_TABLE, resolve_video, sample_clip
+from dataset import MODE_TABLE, choose_video_reader, resolve_video, sample_clip
 from pages.render import data_uri, film_strip, highlight, render
 from stage3.detect_objects import load_records
 from stage3.vocabulary_config import COCO_NAMES
@@ -125,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1 or not (Path(argv[0]) / "rollouts.jsonl").is_file():
         fail(["usage: python -m stage3.report RUN_FOLDER (a run folder of stage 3, with rollouts.jsonl)"])
-    print(write_report(argv[0], load_config(Stage3Config, ["--config", f"{argv[0]}/config.yaml"])))
+    config = load_config(Stage3Config, ["--config", f"{argv[0]}/config.yaml"])
+    choose_video_reader(config.video_reader)
+    print(write_report(argv[0], config))
     return 0
 
 

@@ -3,10 +3,12 @@
 import ctypes
 import errno
 import faulthandler
+import importlib.util
 import io
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import struct
@@ -564,6 +566,15 @@ def test_frame_indices_are_even_and_include_both_ends():
         frame_indices(0, 4)
 
 
+@pytest.fixture(params=["decord", "pyav"])
+def each_reader(request, monkeypatch):
+    """Runs a test with each of the two video readers."""
+    if importlib.util.find_spec(request.param.replace("pyav", "av")) is None:
+        pytest.skip(f"{request.param} is not installed")
+    monkeypatch.setenv("DRIVEVLM_VIDEO_READER", request.param)
+    return request.param
+
+
 def test_uneven_frames_are_chosen_evenly_over_time():
     even = np.arange(40) / 8
     assert spread_over_time(even, 7).tolist() == frame_indices(40, 7).tolist()
@@ -573,7 +584,7 @@ def test_uneven_frames_are_chosen_evenly_over_time():
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
-def test_read_frames_includes_both_ends(tmp_path, codec):
+def test_read_frames_includes_both_ends(each_reader, tmp_path, codec):
     write_ramp(tmp_path / "clip.mp4", np.arange(40) / 8, codec=codec)
     frames = read_frames(tmp_path / "clip.mp4", 8, 96)
     assert frames.shape == (8, 96, 96, 3) and frames.dtype == np.uint8
@@ -584,14 +595,14 @@ def test_read_frames_includes_both_ends(tmp_path, codec):
     assert levels(read_frames(tmp_path / "one.mp4", 2, 96)) == [0, 0]
 
 
-def test_variable_frame_rate_is_sampled_by_time(tmp_path):
+def test_variable_frame_rate_is_sampled_by_time(each_reader, tmp_path):
     times = [*np.arange(0, 1, 0.05), *np.arange(1, 6, 1.0)]  # 25 frames, 20 of them in the first second
     write_ramp(tmp_path / "clip.mp4", times)
     assert levels(read_frames(tmp_path / "clip.mp4", 6, 96)) == [0, 20, 21, 22, 23, 24]
 
 
 @pytest.mark.parametrize("degrees, corner", [(0, (0, 0)), (90, (0, 1)), (180, (1, 1)), (270, (1, 0))])
-def test_rotation_tags_are_respected(tmp_path, degrees, corner):
+def test_rotation_tags_are_respected(each_reader, tmp_path, degrees, corner):
     write_ramp(tmp_path / "clip.mp4", np.arange(10) / 8)
     set_rotation(tmp_path / "clip.mp4", degrees)
     frames = read_frames(tmp_path / "clip.mp4", 2, 96)
@@ -601,7 +612,7 @@ def test_rotation_tags_are_respected(tmp_path, degrees, corner):
         assert clip.size == ((96, 128) if degrees in (90, 270) else (128, 96))
 
 
-def test_a_clip_gives_its_size_times_and_frames(tmp_path):
+def test_a_clip_gives_its_size_times_and_frames(each_reader, tmp_path):
     write_clip(tmp_path / "seconds.mp4", num_frames=20)
     with Clip(tmp_path / "seconds.mp4") as clip:
         assert clip.size == (320, 180) and clip.times.tolist() == (np.arange(20) / 8).tolist()
@@ -620,14 +631,14 @@ def test_a_clip_gives_its_size_times_and_frames(tmp_path):
         Clip(tmp_path / "text.mp4")
 
 
-def test_an_error_of_the_caller_is_not_reported_as_one_of_the_clip(tmp_path):
+def test_an_error_of_the_caller_is_not_reported_as_one_of_the_clip(each_reader, tmp_path):
     write_ramp(tmp_path / "clip.mp4", np.arange(4) / 8)
     with pytest.raises(RuntimeError, match="mine") as error, Clip(tmp_path / "clip.mp4"):
         raise RuntimeError("mine")
     assert not isinstance(error.value, VideoError)
 
 
-def test_sample_clip_returns_the_frames_of_training_without_repeats(tmp_path):
+def test_sample_clip_returns_the_frames_of_training_without_repeats(each_reader, tmp_path):
     write_ramp(tmp_path / "clip.mp4", np.arange(40) / 8)
     indices, times, frames = sample_clip(tmp_path / "clip.mp4", 5)
     assert indices.tolist() == levels(frames) == frame_indices(40, 5).tolist() and frames.shape[1:] == (96, 128, 3)
@@ -639,7 +650,7 @@ def test_sample_clip_returns_the_frames_of_training_without_repeats(tmp_path):
     assert [part.tolist() for part in sample_clip(tmp_path / "one.mp4", 5)[:2]] == [[0], [0]]
 
 
-def test_unreadable_clips_say_why(tmp_path):
+def test_unreadable_clips_say_why(each_reader, tmp_path):
     write_ramp(tmp_path / "whole.mp4", np.arange(40) / 8)
     whole = (tmp_path / "whole.mp4").read_bytes()
     broken = {"empty.mp4": (b"", "0 bytes"), "text.mp4": (b"hello" * 99, "not a readable video"),
@@ -654,6 +665,115 @@ def test_unreadable_clips_say_why(tmp_path):
         read_frames(tmp_path, 4, 96)
     with pytest.raises(DataError, match="56 px"):
         read_frames(tmp_path / "whole.mp4", 4, 48)
+
+
+def write_movie(path, codec="libx264", sound_first=False, num_frames=90, size=(320, 176), **options):
+    """A clip of moving noise with B-frames (x264's default); optionally with an audio track before the video track."""
+    import av
+
+    rng, (width, height) = np.random.default_rng(0), size
+    noise = rng.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    with av.open(str(path), "w", options=options) as out:
+        if sound_first:
+            sound = out.add_stream("aac", rate=44100)
+        stream = out.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if sound_first:
+            for i in range(40):
+                silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+                silence.sample_rate, silence.pts = 44100, 1024 * i
+                out.mux(sound.encode(silence))
+            out.mux(sound.encode())
+        for i in range(num_frames):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 4 * i, axis=1), format="rgb24")))
+        out.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def movies(tiny, tmp_path_factory):
+    """Clips of many kinds: those of the other tests, rotations, uneven times, B-frames, sound first, a late start."""
+    folder = tmp_path_factory.mktemp("movies")
+    shutil.copytree(tiny.videos, folder, dirs_exist_ok=True)
+    write_ramp(folder / "uneven.mp4", [*np.arange(0, 1, 0.05), *np.arange(1, 6, 1.0)])
+    write_ramp(folder / "late.mp4", 3 + np.arange(20) / 8, codec="libx264")
+    for degrees in (90, 180, 270):
+        write_ramp(folder / f"turned{degrees}.mp4", np.arange(10) / 8)
+        set_rotation(folder / f"turned{degrees}.mp4", degrees)
+    for name in ("b.mp4", "b.mov", "b.mkv"):
+        write_movie(folder / name)
+    write_movie(folder / "sound.mp4", sound_first=True)
+    write_movie(folder / "odd.mp4", size=(322, 182))
+    write_movie(folder / "front.mp4", movflags="faststart")
+    return folder
+
+
+def test_both_readers_give_the_same_frames(movies, monkeypatch):
+    """Indices, times and sizes are equal, frames of native size to the bit; scaled ones differ by rounding only."""
+    pytest.importorskip("decord")
+    assert len(list(movies.iterdir())) == 17
+    for path in movies.iterdir():
+        seen = []
+        for reader in ("decord", "pyav"):
+            monkeypatch.setenv("DRIVEVLM_VIDEO_READER", reader)
+            with Clip(path) as clip:
+                chosen = clip.choose(8)
+                seen.append((clip.size, clip.times, chosen, clip.frames(chosen), read_frames(path, 8, 96)))
+        (size, times, chosen, frames, scaled), other = seen
+        assert size == other[0] and np.array_equal(chosen, other[2]), path.name
+        np.testing.assert_allclose(times, other[1], atol=1e-4, err_msg=path.name)
+        np.testing.assert_array_equal(frames, other[3], err_msg=path.name)
+        apart = np.abs(scaled.astype(int) - other[4])
+        assert apart.mean() < 4 and apart.max() < 32, f"{path.name}: {apart.mean()}, {apart.max()}"
+
+
+def test_damage_is_named_alike_by_both_readers(movies, each_reader, tmp_path):
+    whole = (movies / "front.mp4").read_bytes()
+    middle, noise = len(whole) // 2, random.Random(0).randbytes(len(whole) // 6)
+    broken = {
+        "cut.mp4": (whole[:middle], "cut off: the file ends before its last frame"),
+        "noise.mp4": (whole[:middle - len(noise) // 2] + noise + whole[middle + len(noise) // 2:], "damaged: "),
+        "headless.mp4": (whole[100:], "not a readable video"), "empty.mp4": (b"", "empty file"),
+    }
+    for name, (content, reason) in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(VideoError, match=f"{name}: {reason}"), Clip(tmp_path / name) as clip:
+            clip.frames(range(len(clip.times)))
+
+
+def test_earlier_frames_can_be_read_after_later_ones(movies, each_reader):
+    with Clip(movies / "b.mp4") as clip:
+        frames = clip.frames([80, 3, 80, 41])
+        assert np.array_equal(frames[0], frames[2]) and np.array_equal(clip.frames([3])[0], frames[1])
+        assert np.array_equal(clip.frames([41, 42])[0], frames[3])
+
+
+@pytest.mark.parametrize("system, machine, reader", [
+    ("Linux", "x86_64", "decord"), ("Windows", "AMD64", "decord"), ("Linux", "aarch64", "pyav"),
+    ("Darwin", "arm64", "pyav"), ("Darwin", "x86_64", "pyav"), ("Windows", "ARM64", "pyav"),
+])
+def test_the_reader_follows_the_platform(system, machine, reader, monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.delenv("DRIVEVLM_VIDEO_READER", raising=False)
+    assert dataset.video_reader() == reader == os.environ["DRIVEVLM_VIDEO_READER"]
+    assert dataset.choose_video_reader("pyav") == "pyav" == dataset.video_reader()
+
+
+def test_a_reader_that_is_not_installed_is_an_error_and_not_replaced(monkeypatch):
+    monkeypatch.setenv("DRIVEVLM_VIDEO_READER", "pyav")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = SimpleNamespace(video_reader="decord")
+    problem, = dataset.video_reader_problems(config)
+    assert problem.startswith("video_reader: decord is not installed here; pip install decord, or choose") and \
+        config.video_reader == "decord"
+
+
+def test_frames_of_the_other_reader_are_not_taken_from_the_cache(tiny, tmp_path, monkeypatch, decodes):
+    for reader in ("pyav", "decord", "pyav"):
+        monkeypatch.setenv("DRIVEVLM_VIDEO_READER", reader)
+        cached_frames(tiny.videos / "car.mp4", 2, 96, tmp_path)
+    assert len(decodes) == 2 == len(cache_files(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ class DataKeys(Config):
     num_val_videos: int = 40  # clips of `data` held out for evaluation, with all their entries
     split_seed: int = 42  # decides which clips are held out; must be the same in all stages
     default_mode: str | None = None  # mode of rows whose question is not known; none: such rows are errors
+    # what decodes clips; auto: decord on x86-64 Linux and Windows, PyAV elsewhere (pixels of scaled frames differ by
+    # a few levels, so use one reader in all stages)
+    video_reader: Literal["auto", "decord", "pyav"] = "auto"
 
     def problems(self):
         return super().problems() + self.out_of_range(least=["num_val_videos"])
@@ -316,6 +319,7 @@ class GenerateConfig(Config):
 
     checkpoint: str = ""  # checkpoint or run folder of any stage
     video: str = ""  # the clip
+    video_reader: Literal["auto", "decord", "pyav"] = "auto"  # what decodes it; use the one of the training
     mode: str = "microscope"  # a mode of dataset.MODE_TABLE
     question: str | None = None  # your own words instead of the mode's question
     max_new_tokens: int | None = None  # longest answer, in tokens; none: the mode's limit

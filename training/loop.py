@@ -38,6 +38,7 @@ from dataset import (
     find_bad_texts,
     load_split,
     resolve_video,
+    video_reader_problems,
 )
 from model import ModelError, base_model_problem, read_checkpoint, read_clips
 from training.common import StopRun, TrainingError, fail, is_other_base, process_rank, stable_seed
@@ -60,7 +61,7 @@ def load_inputs(config, stage: int, modes=(), min_modes=1, problems=()):
     `modes` must all occur in the data, and at least `min_modes` modes of any kind. `stage` (1, 2 or 3) decides what
     `init_from` must hold. `problems` are those that the caller has found itself.
     """
-    problems = [*problems]
+    problems = [*problems, *video_reader_problems(config)]
     problems += [problem for key in ("vision_model", "language_model")
                  if (problem := base_model_problem(key, getattr(config, key)))]
     problems += _init_from_problems(config, stage)
