@@ -156,7 +156,7 @@ def test_examples_of_a_run_are_those_of_its_seed_split_seed_and_text_limit(stage
     reader = DriveVLM.from_checkpoint(odd[stage].folder)
     expected = VideoInstructDataset(
         world.train, reader.tokenizer, video_root=world.tiny.videos, num_frames=2, image_size=reader.image_size,
-        num_visual_tokens=reader.num_visual_tokens, max_text_tokens=TEXT_LIMIT, seed=SEED)
+        num_visual_tokens=reader.num_visual_tokens, max_text_tokens=TEXT_LIMIT, seed=SEED, augment=True)
     keys = [batch for step in range(STEPS) for batch in loop.step_batches(len(expected), step, SEED, 1, 2, 0, 1)]
     assert len(odd[stage].passes) == len(keys)
     lengths = set()
@@ -276,8 +276,8 @@ def test_dropout_of_a_run_depends_on_the_rank(odd, world, monkeypatch):
     class OtherRank:
         process_index = 1
 
-        def __init__(self):
-            self.inner = start()
+        def __init__(self, timeout_hours):
+            self.inner = start(timeout_hours)
 
         def __getattr__(self, name):
             return getattr(self.inner, name)

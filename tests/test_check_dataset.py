@@ -619,7 +619,7 @@ from training.workers import in_processes
 def work(item):
     print(os.getpid(), flush=True)
     time.sleep(item)
-for _ in in_processes(work, [0.01, 0.01, 2, 2], 2, timeout=60): pass
+for _ in in_processes(work, [0.01, 0.01, 4, 4], 2, timeout=60): pass
 time.sleep(100)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -233,7 +233,7 @@ PROGRAMS = {  # program: (its configuration, files that read it beyond the progr
                                                "stage3/rollout.py", "stage3/grpo.py"]),
     "stage3/detect_objects.py": (configs.DetectConfig, ["dataset.py"]),
     "evaluate.py": (configs.EvaluateConfig, ["dataset.py"]),
-    "generate.py": (configs.GenerateConfig, []),
+    "generate.py": (configs.GenerateConfig, ["dataset.py"]),
     "check_dataset.py": (configs.CheckConfig, ["dataset.py"]),
     "augment_captions.py": (configs.AugmentConfig, []),
 }
