@@ -21,19 +21,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, SiglipVisionConfig
 from transformers.utils import logging as hf_logging
 
 from dataset import IGNORE_INDEX, MODES, chat_pieces, encode_prompt, placeholder_id
@@ -225,7 +216,7 @@ class VisionTower(nn.Module):
     @classmethod
     def load(cls, name, config, dtype, revision=None):
         """The tower with its weights in `dtype`; ModelError where they do not load or lack a tensor."""
-        return cls(_load_weights(SiglipVisionModel, name, config, dtype, revision))
+        return cls(_load_weights(transformers.SiglipVisionModel, name, config, dtype, revision))
 
     def forward(self, frames):
         dtype = next(self.model.parameters()).dtype
@@ -543,8 +534,8 @@ class DriveVLM(nn.Module):
             raise_problems(f"checkpoint {checkpoint} does not fit {vision_model} and {language_model}",
                            _shape_problems(checkpoint / "projector.safetensors", shapes))
         vision = VisionTower.load(vision_model, _without_dropout(vision_config), DTYPES[dtype], revisions[0])
-        llm = _load_weights(AutoModelForCausalLM, language_model, _without_dropout(llm_config), DTYPES[dtype],
-                            revisions[1])
+        llm = _load_weights(transformers.AutoModelForCausalLM, language_model, _without_dropout(llm_config),
+                            DTYPES[dtype], revisions[1])
         vision, llm = vision.to(device).eval(), llm.to(device).eval()
         check_head(llm, language_model)
         base = {}
@@ -590,8 +581,10 @@ class DriveVLM(nn.Module):
         return model
 
     def _load_adapter(self, folder):
+        import peft
+
         try:
-            config = LoraConfig.from_pretrained(folder)
+            config = peft.LoraConfig.from_pretrained(folder)
             config.inference_mode = False
             config.base_model_name_or_path = None  # PEFT fills in the current path; an old one would cause a warning
             self._wrap_lora(config, seed=0)
@@ -600,24 +593,29 @@ class DriveVLM(nn.Module):
         expected = {name: tensor.shape for name, tensor in self.adapter_state().items()}
         problems = _shape_problems(folder / "adapter_model.safetensors", expected)
         raise_problems(f"{folder} does not fit {self.base['language_model']['name']}", problems)
-        set_peft_model_state_dict(self.llm, load_file(folder / "adapter_model.safetensors", device=str(self.device)))
+        state = load_file(folder / "adapter_model.safetensors", device=str(self.device))
+        peft.set_peft_model_state_dict(self.llm, state)
 
     def add_lora(self, r, alpha, dropout, seed):
         """Wrap every linear layer of the LM's decoder blocks (not the head) in a fresh adapter drawn from `seed`."""
-        if isinstance(self.llm, PeftModel):
+        import peft  # here, not above: it takes two seconds, and the check of a data set needs none of it
+
+        if self.has_adapter:
             raise ModelError("the language model has an adapter already")
         names = self._block_linears()
         if not names:
             raise ModelError(f"{type(self.llm).__name__} has no nn.Linear in its decoder blocks to adapt")
-        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
+        config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
                             target_modules=sorted({name.rsplit(".", 1)[-1] for name in names}))
         self._wrap_lora(config, seed)
 
     def _wrap_lora(self, config, seed):
+        import peft
+
         linears = self._block_linears()
         with seeded(seed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's own
-            self.llm = get_peft_model(self.llm, config)  # float32 adapters, also on bfloat16 layers
+            self.llm = peft.get_peft_model(self.llm, config)  # float32 adapters, also on bfloat16 layers
         wrapped = [module for module in self.llm.modules() if hasattr(module, "lora_A")]
         if len(wrapped) != len(linears):
             raise ModelError(f"LoRA wraps {len(wrapped)} modules; the decoder blocks have {len(linears)} linear layers")
@@ -651,9 +649,14 @@ class DriveVLM(nn.Module):
     # ---- small views
 
     @property
+    def has_adapter(self):
+        """True if the language model carries LoRA adapters (it is a PeftModel then)."""
+        return hasattr(self.llm, "peft_config")
+
+    @property
     def causal_lm(self):
         """The Hugging Face causal LM itself; its layers carry the adapter if there is one."""
-        return self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
+        return self.llm.get_base_model() if self.has_adapter else self.llm
 
     @property
     def head_weight(self):
@@ -666,9 +669,11 @@ class DriveVLM(nn.Module):
 
     def adapter_state(self, adapter="default"):
         """{name: tensor} of an adapter, named as in adapter_model.safetensors; ModelError without one."""
-        if not isinstance(self.llm, PeftModel):
+        import peft
+
+        if not self.has_adapter:
             raise ModelError("the model has no adapter: call add_lora first")
-        return get_peft_model_state_dict(self.llm, adapter_name=adapter, save_embedding_layers=False)
+        return peft.get_peft_model_state_dict(self.llm, adapter_name=adapter, save_embedding_layers=False)
 
     def autocast(self):
         """bfloat16 autocast, or nothing in float32."""
@@ -690,7 +695,7 @@ class DriveVLM(nn.Module):
         unknown = [group for group in groups if group not in GROUPS]
         if unknown:
             raise ModelError(f"there is no group {', '.join(map(repr, unknown))}; valid: {', '.join(GROUPS)}")
-        if "lora" in groups and not isinstance(self.llm, PeftModel):
+        if "lora" in groups and not self.has_adapter:
             raise ModelError("lora is to be trained, but the model has no adapter: call add_lora first")
         self.requires_grad_(False)
         for name, parameter in self._own_parameters():
@@ -925,7 +930,7 @@ class DriveVLM(nn.Module):
             raise ModelError(f"{' and '.join(lost)} were trained, but a checkpoint does not hold them: first add their "
                              "tensors to save_checkpoint and from_checkpoint")
         if stage is None:  # the weights' own; straight from base models: stage 2 with an adapter, else stage 1
-            stage = self.stage or (2 if isinstance(self.llm, PeftModel) else 1)
+            stage = self.stage or (2 if self.has_adapter else 1)
         temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -945,7 +950,7 @@ class DriveVLM(nn.Module):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
                  if self.parameter_group(name) in ("projector", "temporal")}
         save_file(state, folder / "projector.safetensors")
-        if isinstance(self.llm, PeftModel):
+        if self.has_adapter:
             self.llm.save_pretrained(folder / "adapter", selected_adapters=["default"], save_embedding_layers=False)
             (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         self.tokenizer.save_pretrained(folder)
@@ -954,7 +959,7 @@ class DriveVLM(nn.Module):
 
     def _meta(self, stage):
         lora = None
-        if isinstance(self.llm, PeftModel):
+        if self.has_adapter:
             config = self.llm.peft_config["default"]
             lora = {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         return {

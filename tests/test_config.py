@@ -263,6 +263,13 @@ def test_every_program_is_listed_here():
     assert programs == {cls for cls, _ in PROGRAMS.values()}
 
 
+def test_the_check_of_a_data_set_does_not_wait_for_peft():
+    """It takes two seconds to import, and brings torch's compiler with it."""
+    code = "import check_dataset, sys; print({'peft', 'torch._dynamo'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_and_wrong_flags_never_wait_for_torch(program, tmp_path):
     """torch is replaced by a module that cannot be imported: a program that imports it before parsing flags fails."""
