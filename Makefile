@@ -7,10 +7,11 @@ export YOLO_AUTOINSTALL := false
 export YOLO_OFFLINE := true
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow results base-models lint clean help
+.PHONY: venv demo test test-slow results base-models lint clean help
 
 help:
 	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 10 minutes on 2 cores)"
+	@echo "make venv         .venv with all that requirements.txt names (the other targets do this too)"
 	@echo "make test         all tests (about 3 minutes on 2 cores)"
 	@echo "make test-slow    long runs that watch memory and files (about 3 minutes)"
 	@echo "make results      the demo plus what takes longer: several seeds, sampled answers, the control"
@@ -21,12 +22,15 @@ help:
 # The stamp is written last, so an installation that was cut off is repeated; newer requirements repeat it too.
 STAMP := $(VENV)/.requirements-installed
 $(STAMP): requirements.txt
-	@$(PYTHON) -c 'import platform, sys; ok = sys.version_info >= (3, 11) and (platform.system(), platform.machine()) == ("Linux", "x86_64"); \
-	sys.exit(0 if ok else "Drive-VLM needs Python 3.11 or newer on x86-64 Linux (decord has no other wheels); this is Python %s on %s %s. Set PYTHON=/path/to/python3.11." % (platform.python_version(), platform.system(), platform.machine()))'
+	@$(PYTHON) -c 'import platform, sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	"Drive-VLM needs Python 3.11 or newer, this is %s. Set PYTHON=/path/to/python3.11." % platform.python_version())'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing requirements.txt into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
+
+venv: $(STAMP)
+	@echo "Activate it with: source $(VENV)/bin/activate"
 
 demo: $(STAMP)
 	@$(BIN)/python -m demo.run

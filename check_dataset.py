@@ -41,7 +41,6 @@ from pages.render import film_strip, render
 from training.workers import in_processes
 
 PUBLISHED_LIMIT = 512  # tokens at which the published code cut a conversation, including its end token
-SMALL_SIDE = 224  # px
 BDD_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}")  # a BDD100K clip
 BDD_SECONDS = (30, 50)  # such a clip lasts about 40 s
 SAME_PICTURE = 12.0  # mean difference of grey levels up to which two thumbnails show the same scene
@@ -87,7 +86,7 @@ CODES = {  # what a code means, and what to do
     "duplicate_clip": "Two files on one side of the split hold the same clip.",
     "similar_clip": "Held out and trained-on clips of one name that look alike: perhaps one clip, encoded twice.",
     "short_video": "The clip has fewer frames than num_frames, so some are repeated.",
-    "small_video": f"Clips with a side under {SMALL_SIDE} px: distant objects cannot be seen.",
+    "small_video": "Clips with a side under small_side: distant objects cannot be seen.",
     "portrait_video": "Taller than wide after applying the rotation tag. Is the tag right?",
     "variable_frame_rate": "Frames are not evenly spaced in time, so they are sampled by time.",
     "odd_duration": f"A BDD100K clip lasts about 40 s; this one is outside {BDD_SECONDS[0]}-{BDD_SECONDS[1]} s.",
@@ -555,9 +554,11 @@ def check_clips(clips: dict[str, list[Row]], inputs: Inputs, config, found: Find
             found.add("warning", code, where, message)
     if unwritten:
         found.add("error", "cache_not_written", f"{len(unwritten):,} clips", f"{config.frame_cache}: {unwritten[0]}")
-    sizes = Counter((f["width"], f["height"]) for f in facts.values() if min(f["width"], f["height"]) < SMALL_SIDE)
+    sizes = Counter((f["width"], f["height"]) for f in facts.values())
     for (width, height), number in sizes.most_common():
-        found.add("warning", "small_video", f"{number:,} clips", f"{width}x{height}")
+        if min(width, height) >= config.small_side:
+            continue
+        found.add("warning", "small_video", f"{number:,} clips", f"{width}x{height}, small_side is {config.small_side}")
     return facts
 
 

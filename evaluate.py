@@ -378,6 +378,17 @@ def table_of_mode(metrics: dict, mode: str) -> list[list[str]]:
     return rows
 
 
+def bars_of_mode(metrics: dict, mode: str, key: str) -> list[dict]:
+    """One bar per system: its value of a metric (None where it means nothing) and its interval, shares from 0 to 1."""
+    bars = []
+    for name, systems_block in metrics["systems"].items():
+        block, needs = systems_block[mode], METRICS[key].needs
+        low, high = block["interval"][key]
+        bars.append({"name": name, "value": None if needs and not block[needs] else block[key],
+                     "low": low, "high": high})
+    return bars
+
+
 def table(metrics: dict) -> str:
     """One Markdown table per mode, columns padded so that it also reads well in a terminal."""
     lines = []
@@ -414,7 +425,9 @@ def report(metrics: dict, predictions: list[dict], truth: dict[str, Truth], stri
     for video in sorted(answers, key=lambda video: (-invented[video], video)):
         clips.append({"video": video, "frames": strips[video], "answers": answers[video],
                       "present": sorted(truth[video].present), "unknown": sorted(truth[video].unknown)})
-    return render("evaluation.html", metrics=metrics, clips=clips,
+    charts = {mode: (bars_of_mode(metrics, mode, "chair_i"), bars_of_mode(metrics, mode, "recall"))
+              for mode in metrics["words_in_range"]}
+    return render("evaluation.html", metrics=metrics, clips=clips, charts=charts,
                   tables=[table_of_mode(metrics, mode) for mode in metrics["words_in_range"]])
 
 

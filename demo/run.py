@@ -25,8 +25,10 @@ from training.common import read_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("output/demo")
 PYTHON = sys.executable
-TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PYTHON_SHOWN = ".venv/bin/python" if Path(PYTHON).parent == ROOT / ".venv" / "bin" else "python"
+TORCHRUN = [PYTHON, "-m", "demo.torchrun", "--standalone", "--nproc_per_node", "2"]
 DEMO_SEED = 42
+STOPPED = 130  # exit code after Ctrl-C
 
 
 @dataclass
@@ -91,13 +93,29 @@ def run_part(part: Part, mark: str) -> float:
     if part.trains:
         command += ["--resume", "auto"]
     start = time.time()
-    code = subprocess.run(command, env=environment()).returncode
+    code = run_command(command)
+    if code == STOPPED:
+        print("\nStopped. Run make demo again: it continues here.", file=sys.stderr)
+        sys.exit(STOPPED)
     if code != 0:
         sys.exit(f"\n'{part.title}' failed with exit code {code}. Its command was:\n    {' '.join(command)}\n"
                  "Run make demo again: it resumes here.")
     seconds = time.time() - start
     stamp.write_text(json.dumps({"mark": mark, "seconds": seconds}))
     return seconds
+
+
+def run_command(command: list[str]) -> int:
+    """The command's exit code. Ctrl-C reaches the command as well: wait until it has saved; a second one ends it."""
+    with subprocess.Popen(command, env=environment()) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.kill()
+            return STOPPED
 
 
 def environment() -> dict[str, str]:
@@ -116,7 +134,7 @@ def run_parts(parts: list[Part]) -> None:
     mark, spent, expected = "", 0.0, 0.0
     for number, part in enumerate(parts, 1):
         mark = fingerprint(part, mark)
-        pace = spent / expected if spent > 60 else 1.0
+        pace = spent / expected if expected else 1.0
         left = pace * sum(p.seconds for p in parts[number - 1:])
         print(f"\n=== {number}/{len(parts)}  {part.title}   (about {clock(left)} left)", flush=True)
         seconds = run_part(part, mark)
@@ -127,17 +145,18 @@ def run_parts(parts: list[Part]) -> None:
 
 def show_demo() -> None:
     print("\n" + (OUT / "evaluate" / "table.md").read_text(encoding="utf-8"))
-    print("Look at:")
+    print(f"Open this page first, every held-out clip with every system's answers:\n"
+          f"    {PYTHON_SHOWN} -m webbrowser {OUT}/evaluate/report.html\nThen:")
     for path, what in [
+        ("stage3/report.html", "stage 3's rollouts: frames, boxes, answers with their rewards"),
         ("check/check_dataset/report.html", "what the loss sees: each token, masked or supervised, beside the frames"),
         ("stage1/curves.png", "stage 1 learning to see"),
         ("stage2/curves.png", "stage 2 learning two granularities"),
-        ("stage3/report.html", "stage 3's rollouts: frames, boxes, answers with their rewards"),
-        ("evaluate/report.html", "every held-out clip with every system's answers"),
     ]:
         print(f"    {OUT / path}    {what}")
-    print(f"    tensorboard --logdir {OUT}    all curves\nAsk the result something:\n"
-          f"    python generate.py --checkpoint {OUT}/stage3 --video {OUT}/world/videos/<clip>.mp4 --mode copilot")
+    print(f"    {PYTHON_SHOWN} -m tensorboard.main --logdir {OUT}    all curves\nAsk the result something:\n"
+          f"    {PYTHON_SHOWN} generate.py --checkpoint {OUT}/stage3 --mode copilot "
+          f"--video {OUT}/world/videos/<clip>.mp4")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 
 from demo.grammar import copilot_caption, microscope_caption, raw_caption
-from training.common import write_json
+from training.common import run_main, write_json
 
 WIDTH, HEIGHT, FRAMES, FPS = 320, 180, 24, 6
 # COCO's names and ids, so that the same code and tables serve this world and real clips.
@@ -603,14 +603,23 @@ def truth_of(clip):
     }
 
 
+def distinct(draw):
+    """VARIANTS different texts, or fewer where 50 draws do not give as many."""
+    texts = {}  # in the order in which they were drawn
+    for _ in range(50):
+        if len(texts) < VARIANTS:
+            texts[draw()] = None
+    return list(texts)
+
+
 def captions_of(script, lies=False):
     """The Microscope and Copilot captions of a script. lies: Microscope captions may invent companions."""
     rng = np.random.default_rng([*script.seed, 11])
     rate = INVENTION_RATE if lies else 0.0
     invented = {kind: name for kind, name in COMPANION.items() if name not in script.present}
     return {
-        "microscope": [microscope_caption(script, rng, invented, rate) for _ in range(VARIANTS)],
-        "copilot": [copilot_caption(script, rng) for _ in range(VARIANTS)],
+        "microscope": distinct(lambda: microscope_caption(script, rng, invented, rate)),
+        "copilot": distinct(lambda: copilot_caption(script, rng)),
     }
 
 
@@ -642,7 +651,7 @@ def make_one(index, seed, held_out, folder):
 
 def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
-    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 3}
+    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 4}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         say(f"{output_dir} is complete: {num_clips} clips")
@@ -655,13 +664,19 @@ def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     work = partial(make_one, seed=seed, held_out=held_out_names(num_clips), folder=videos)
     rows, raws, truth = [], [], {}
     workers = workers or min(len(os.sched_getaffinity(0)), 8)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for row, raw, facts in pool.map(work, range(num_clips), chunksize=4):
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes that start now: Ctrl-C is this one's
+    drawn = pool.map(work, range(num_clips), chunksize=4)
+    signal.signal(signal.SIGINT, handler)
+    try:
+        for row, raw, facts in drawn:
             rows.append(row)
             raws.append(raw)
             truth[row["video"]] = facts
             if len(rows) % 100 == 0:
                 say(f"drawn {len(rows)} of {num_clips} clips")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, no more clips are drawn
     write_json(output_dir / "captions.json", rows, indent=1)
     write_json(output_dir / "raw_captions.json", raws, indent=1)
     write_json(output_dir / "truth.json", truth, indent=1)
@@ -684,4 +699,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

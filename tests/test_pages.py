@@ -54,7 +54,8 @@ def evaluation(text, full=True):
             "answers": {text: {"copilot": highlight(text, [])}}}
     metrics = {"clips": 2, "truth": text, "prior": {"caption": text}, "checkpoints": {text: text},
                "words_in_range": {"copilot": [1, 2], "microscope": [1, 2]}}
-    return {"metrics": metrics, "clips": [clip] if full else [],
+    bars = [{"name": text, "value": 0.25, "low": 0.2, "high": 0.4}, {"name": "prior", "value": None, "low": 0, "high": 0}]
+    return {"metrics": metrics, "clips": [clip] if full else [], "charts": {text: (bars, bars)} if full else {},
             "tables": [[[text, "P"], [text, "0.50 ±.05"], ["blank", "–"]]] if full else []}
 
 
@@ -152,6 +153,14 @@ def test_boxes_are_where_the_detector_saw_them():
     page = render("evaluation.html", **evaluation("car 0.90"))
     assert 'class="box present low" style="left:10.00%;top:5.00%;width:20.00%;height:15.00%"><b>car 0.90</b>' in page
     assert 'class="box unknown edge" style="left:80.00%;top:50.00%;width:10.00%;height:20.00%"' in page
+
+
+def test_the_evaluation_opens_with_bars_and_their_intervals():
+    page = render("evaluation.html", **evaluation("stage2"))
+    assert page.index('class="bars"') < page.index("<table")
+    bar = '<i class="bad" style="width:25.00%"></i>\n<u style="left:20.00%;width:20.00%"></u></div>\n<span>0.25</span>'
+    assert bar in page and bar.replace("bad", "good") in page
+    assert '<div class="track"></div><span>–</span>' in page  # a system that names nothing invents no share of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -107,6 +107,9 @@ def run_main(main):
             sys.exit(main())
         except DriveVLMError as error:
             sys.exit(f"{script}: {error}")
+        except KeyboardInterrupt:
+            print(f"\n{script}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+            sys.exit(128 + signal.SIGINT)
         except Exception as error:
             reason = write_failure(error) or ""
             if os.strerror(errno.ENOSPC) not in reason and os.strerror(errno.EDQUOT) not in reason:
@@ -152,6 +155,8 @@ def load_config(cls, argv=None, *, default_config=None, description=None):
     """
     import tyro
 
+    if argv is None:
+        sys.excepthook = _quiet_ctrl_c  # while torch is imported, before `run_main`
     argv = sys.argv[1:] if argv is None else [str(arg) for arg in argv]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=ROOT / default_config if default_config else None)
@@ -179,6 +184,12 @@ def load_config(cls, argv=None, *, default_config=None, description=None):
     if problems := problems or config.problems():
         fail(problems)
     return config
+
+
+def _quiet_ctrl_c(kind, error, trace):
+    """Ctrl-C prints no traceback; anything else does."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _read_yaml(cls, path, problems):

@@ -344,6 +344,7 @@ class CheckConfig(BaseModelKeys, DataKeys):
     frame_cache: str | None = "output/frame_cache"  # folder of decoded frames that --build_cache fills
     # fewest and most words of a usual caption, per mode; a mode left out: dataset.MODE_TABLE
     word_range: dict[str, list[int]] = field(default_factory=dict)
+    small_side: int = 224  # clips whose shorter side has fewer pixels are reported
     num_workers: int = 4  # processes that read clips
     no_video: bool = False  # check rows and labels only
     strict: bool = False  # warnings fail too
@@ -357,7 +358,7 @@ class CheckConfig(BaseModelKeys, DataKeys):
     examples: int = 2  # examples per mode in report.html
 
     def problems(self):
-        found = self.out_of_range(above=("clip_timeout", "pooling"), least=("examples", "num_workers"))
+        found = self.out_of_range(above=("clip_timeout", "pooling"), least=("examples", "num_workers", "small_side"))
         if self.build_cache and self.no_video:
             found.append("--build_cache and --no_video exclude each other")
         if self.build_cache and self.frame_cache is None:
