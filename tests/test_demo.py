@@ -4,8 +4,12 @@
 """
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,3 +106,80 @@ def test_the_readme_table_shows_a_dash_where_a_number_means_nothing():
     row = readme_table({"systems": {"blank": {"microscope": block, "copilot": {**block, "order_pairs": 2}}}})
     assert row.splitlines()[-1] == ("| blank | 0.50 ± 0.10 | 0.25 ± 0.10 | – | 0.50 ± 0.10 | 0.25 ± 0.10 | "
                                     "0.00 ± 0.00 |")
+
+
+# ---- Ctrl-C, and the estimate of the time left -----------------------------------------------------------------------
+
+SAVES = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(*_):
+    time.sleep(1)
+    (folder / "saved").write_text("")
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+(folder / "ready").write_text("")
+time.sleep(60)
+"""
+
+RUNS = """
+import sys
+from pathlib import Path
+from demo import run
+folder = Path(sys.argv[1])
+run.OUT = folder / "out"
+run.run_parts([run.Part("a", "part a", [sys.executable, "-c", sys.argv[2], str(folder)], folder / "out/a", 1)])
+"""
+
+
+@pytest.mark.parametrize("signals, saved", [(1, True), (2, False)])
+def test_ctrl_c_waits_until_the_part_has_saved_and_a_second_one_does_not(signals, saved, tmp_path):
+    runner = subprocess.Popen([sys.executable, "-c", RUNS, str(tmp_path), SAVES], cwd=ROOT, start_new_session=True,
+                              stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "ready")
+    for _ in range(signals):
+        os.killpg(runner.pid, signal.SIGINT)  # as a terminal does: to the runner and the part
+        time.sleep(0.3)
+    _, said = runner.communicate(timeout=30)
+    assert runner.returncode == 130 and "Traceback" not in said
+    assert "Run make demo again: it continues here." in said
+    assert (tmp_path / "saved").exists() == saved
+    assert json.loads((tmp_path / "out" / ".done" / "a.json").read_text())["seconds"] is None
+
+
+def wait_for(path):
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_programs_end_without_a_traceback_on_ctrl_c():
+    """In the work itself, and while torch is still being imported."""
+    work = "from training.common import run_main\ndef main(): raise KeyboardInterrupt\nrun_main(main)"
+    imports = ("import sys; sys.argv = ['x']; from training.common import load_config; from training.config import *; "
+               "load_config(CheckConfig); raise KeyboardInterrupt")
+    for code, codes in ((work, [130]), (imports, [130, -2])):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode in codes and "Traceback" not in done.stderr, done.stderr
+
+
+def test_torchrun_ends_without_a_traceback_on_ctrl_c(tmp_path):
+    (tmp_path / "script.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path / 'ready')!r}).write_text('')\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "demo.torchrun", "--standalone", "--nproc_per_node", "1",
+               str(tmp_path / "script.py")]
+    runner = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "ready")
+    os.kill(runner.pid, signal.SIGINT)
+    _, said = runner.communicate(timeout=60)
+    assert runner.returncode == 130 and "SignalException" not in said
+
+
+def test_the_time_left_follows_the_pace_of_the_parts_so_far(parts, monkeypatch, capsys):
+    """A machine of half the speed: known once one part has run."""
+    times = iter([20.0, 0.0])
+    monkeypatch.setattr(demo, "run_part", lambda part, mark: next(times))
+    parts[0].seconds, parts[1].seconds = 10, 100
+    demo.run_parts(parts)
+    assert re.findall(r"about (.*?) left", capsys.readouterr().out) == ["1 min 50 s", "3 min 20 s"]

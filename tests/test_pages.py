@@ -54,7 +54,8 @@ def evaluation(text, full=True):
             "answers": {text: {"copilot": highlight(text, [])}}}
     metrics = {"clips": 2, "truth": text, "prior": {"caption": text}, "checkpoints": {text: text},
                "words_in_range": {"copilot": [1, 2], "microscope": [1, 2]}}
-    bars = [{"name": text, "value": 0.25, "low": 0.2, "high": 0.4}, {"name": "prior", "value": None, "low": 0, "high": 0}]
+    bars = [{"name": text, "value": 0.25, "low": 0.2, "high": 0.4},
+            {"name": "prior", "value": None, "low": 0, "high": 0}]
     return {"metrics": metrics, "clips": [clip] if full else [], "charts": {text: (bars, bars)} if full else {},
             "tables": [[[text, "P"], [text, "0.50 ±.05"], ["blank", "–"]]] if full else []}
 
