@@ -369,6 +369,17 @@ def test_resume_from_a_path_applies_another_config_and_says_so(old_run, tmp_path
     assert capsys.readouterr().out == "resume: init_from: was None, now elsewhere: applied\n"
 
 
+def test_a_resume_on_another_kind_of_machine_says_what_to_do(tmp_path):
+    with RunFolder(tmp_path / "run") as run:
+        run.start(config_in(run.folder, dtype="bfloat16", video_reader="decord"))
+    fake_checkpoint(run.folder, 10)
+    with pytest.raises(ConfigError) as caught, RunFolder(tmp_path / "run") as run:
+        run.find_resume(config_in(run.folder, resume="auto", dtype="float32", video_reader="pyav"))
+    for key, old, new in (("dtype", "bfloat16", "float32"), ("video_reader", "decord", "pyav")):
+        line = f"{key}: was {old}, now {new} (to continue as on the machine before: --{key} {old})"
+        assert line in str(caught.value)
+
+
 def test_what_a_checkpoint_fixes_is_refused_in_one_message(old_run, tmp_path):
     (tmp_path / "gone" / "llm").mkdir(parents=True)
     changes = {"vision_model": "org/other", "language_model": "org/llm-2", "num_frames": 8, "pooling": 9, "lora_r": 5,

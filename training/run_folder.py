@@ -264,6 +264,8 @@ class RunFolder:
             fixed.append(f"processes: was {was}, now {processes}; continue with {was} ({start}): "
                          "another number would not give the same run")
         if config.resume == "auto" and (differences or fixed):
+            for key in {"dtype", "video_reader"} & set(lines):  # what their `auto` means depends on the machine
+                lines[key] += f" (to continue as on the machine before: --{key} {differences[key][0]})"
             hint = "" if fixed else f" (--resume {checkpoint} --output_dir NEW can)"
             refused = [line for line in lines.values() if line not in fixed] + fixed
             fail(refused, title=f"{source} was started with another configuration, --resume auto cannot continue{hint}")
