@@ -45,6 +45,7 @@ BDD_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}")  # a BDD100K clip
 BDD_SECONDS = (30, 50)  # such a clip lasts about 40 s
 SAME_PICTURE = 12.0  # mean difference of grey levels up to which two thumbnails show the same scene
 LONG_TEXT = 60  # words from which equal captions of two clips cannot be chance
+SAME_SHORT_TEXTS = 0.05  # share of the held-out entries up to which equal short captions are taken for chance
 LIKELY_CONTROL = re.compile(r"<\|\w+\|>|</?think>|<video>|<image>")  # control tokens of other tokenizers
 LABEL_CHUNK = 64  # entries that a worker process checks at once
 
@@ -80,7 +81,7 @@ CODES = {  # what a code means, and what to do
     "answer_ignored": 'The row has "captions" and an "a" that is not one of them; "a" is ignored.',
     "repeated_id": 'Two rows describe one clip in one mode. Put their texts into one row\'s "captions".',
     "repeated_caption": "An entry lists the same caption twice, so it is drawn more often than the others.",
-    "same_caption": "A training clip and a held-out clip have the same short caption.",
+    "same_caption": f"Over {SAME_SHORT_TEXTS:.0%} of the held-out entries have the short caption of a training clip.",
     "caption_length": "Unusual for the mode. Fine if intended; otherwise check that the modes are not mixed up.",
     "caption_cut": "Longer than max_text_tokens: cut at the end of a sentence; the end token is kept.",
     "duplicate_clip": "Two files on one side of the split hold the same clip.",
@@ -371,16 +372,22 @@ def same_picture(one: dict, other: dict) -> bool:
 
 
 def check_text_leaks(rows: list[Row], found: Findings) -> None:
-    """Find captions that appear on both sides of the split."""
-    first_uses = {}  # captions, whatever their case and white space -> (row, entry)
+    """Find captions that appear on both sides of the split: long ones, and short ones where they are many."""
+    first_uses, short = {}, []  # captions, whatever their case and white space -> (row, entry)
     for row, entry in entries_of(rows):
         captions = frozenset(" ".join(caption.lower().split()) for caption in entry.captions)
         first_row, first = first_uses.setdefault(captions, (row, entry))
         if row.held_out != first_row.held_out:
             is_long = max(len(caption.split()) for caption in captions) >= LONG_TEXT
-            level, code = ("error", "split_leak") if is_long else ("warning", "same_caption")
-            found.add(level, code, f"{entry.id} ({row.where})", f"{row.side}, with the same text as {first.id} "
-                      f"({first_row.where}), which is {first_row.side}", [row])
+            where = f"{entry.id} ({row.where})"
+            message = f"{row.side}, with the same text as {first.id} ({first_row.where}), which is {first_row.side}"
+            if is_long:
+                found.add("error", "split_leak", where, message, [row])
+            else:
+                short.append((where, message))
+    if len(short) > SAME_SHORT_TEXTS * sum(row.held_out for row, _ in entries_of(rows)):
+        for where, message in short:
+            found.add("warning", "same_caption", where, message)
 
 
 def check_other_data(rows: list[Row], config, found: Findings) -> None:

@@ -254,6 +254,28 @@ def test_leaks_across_the_split_are_found(tiny, check, tmp_path):
         assert code in codes(check(rows, "--split_seed", seed, "--no-video")[1])
 
 
+@pytest.mark.parametrize("num_same, warned", [(2, False), (3, True)])
+def test_short_captions_may_coincide_now_and_then(check, num_same, warned):
+    """Of 20 held-out clips with two entries each, two short lines are 5%."""
+    rows = [both(f"{i}.mp4") for i in range(60)]
+    entries = [entry for row in rows for entry in dataset.parse_row(row)]
+    held_out = {entry.video for entry in dataset.split_by_video(entries, 20, 42)[1]}
+    trained = next(row for row in rows if row["video"] not in held_out)
+    for row in [row for row in rows if row["video"] in held_out][:num_same]:
+        row["copilot"] = trained["copilot"]
+    report = check(rows, "--num_val_videos", 20, "--split_seed", 42, "--no-video")[1]
+    assert codes(report).get("same_caption", 0) == (num_same if warned else 0)
+
+
+def test_a_worker_that_its_pool_can_end_starts_no_child():
+    def is_here(item):
+        return workers.in_child(os.getpid, 10)[0] == os.getpid()
+
+    for timeout, expected in ((60, True), (None, False)):
+        (_, result, failure), = workers.in_processes(is_here, [1], 1, timeout=timeout)
+        assert (result, failure) == (expected, None)
+
+
 def test_copies_of_a_clip_are_found_by_their_whole_content(check, tmp_path):
     """Different clips of one name, size and beginning are no copies; copies under other names are."""
     videos = tmp_path / "videos"

@@ -19,6 +19,8 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
+_function = _timeout = None  # of a pool's worker
+
 
 def in_processes(function, items, workers: int, timeout: float | None = None, title: str = "") -> Iterator[tuple]:
     """Yield (item, result, None) as results come in, or (item, None, "hung" or "died"); `title`: of a progress bar.
@@ -71,8 +73,10 @@ def in_child(function, timeout: float) -> tuple[object, str | None]:
     """(`function()`, None), computed in a forked process; (None, what happened) where that hangs or dies.
 
     An exception in `function` is raised here. Works in a data loader's worker too, where multiprocessing may not start
-    processes.
+    processes. In a worker of `in_processes` with a timeout, the call is made right there: the pool can end it.
     """
+    if _timeout is not None:
+        return function(), None
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as answers:
         with open(writing, "wb") as pipe:  # closed here after the fork, so that the pipe ends when the child does
