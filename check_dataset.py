@@ -373,21 +373,28 @@ def same_picture(one: dict, other: dict) -> bool:
 
 def check_text_leaks(rows: list[Row], found: Findings) -> None:
     """Find captions that appear on both sides of the split: long ones, and short ones where they are many."""
-    first_uses, short = {}, []  # captions, whatever their case and white space -> (row, entry)
+    trained, short = {}, []  # {captions, whatever their case and white space: (row, entry)}
     for row, entry in entries_of(rows):
-        captions = frozenset(" ".join(caption.lower().split()) for caption in entry.captions)
-        first_row, first = first_uses.setdefault(captions, (row, entry))
-        if row.held_out != first_row.held_out:
-            is_long = max(len(caption.split()) for caption in captions) >= LONG_TEXT
-            where = f"{entry.id} ({row.where})"
-            message = f"{row.side}, with the same text as {first.id} ({first_row.where}), which is {first_row.side}"
-            if is_long:
-                found.add("error", "split_leak", where, message, [row])
-            else:
-                short.append((where, message))
+        if not row.held_out:
+            trained.setdefault(plain_texts(entry), (row, entry))
+    for row, entry in entries_of(rows):
+        if not row.held_out or plain_texts(entry) not in trained:
+            continue
+        other_row, other = trained[plain_texts(entry)]
+        where = f"{entry.id} ({row.where})"
+        message = f"held out, with the same text as {other.id} ({other_row.where}), which is trained on"
+        if max(len(caption.split()) for caption in entry.captions) >= LONG_TEXT:
+            found.add("error", "split_leak", where, message, [row])
+        else:
+            short.append((where, message))
     if len(short) > SAME_SHORT_TEXTS * sum(row.held_out for row, _ in entries_of(rows)):
         for where, message in short:
             found.add("warning", "same_caption", where, message)
+
+
+def plain_texts(entry: Entry) -> frozenset[str]:
+    """An entry's captions without differences of case and white space."""
+    return frozenset(" ".join(caption.lower().split()) for caption in entry.captions)
 
 
 def check_other_data(rows: list[Row], config, found: Findings) -> None:
