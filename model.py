@@ -588,7 +588,9 @@ class DriveVLM(nn.Module):
             config.inference_mode = False
             config.base_model_name_or_path = None  # PEFT fills in the current path; an old one would cause a warning
             self._wrap_lora(config, seed=0)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except ModelError:
+            raise
+        except Exception as error:  # of a damaged file PEFT says all kinds of things, NotImplementedError and re.error too
             raise ModelError(f"{folder}: adapter_config.json: {_first_line(error)}") from error
         expected = {name: tensor.shape for name, tensor in self.adapter_state().items()}
         problems = _shape_problems(folder / "adapter_model.safetensors", expected)

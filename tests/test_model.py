@@ -681,6 +681,15 @@ def test_plain_peft_loads_the_adapter(tiny, llm, tmp_path):
     assert not torch.allclose(plain(ids).logits, without, atol=1e-3)
 
 
+@pytest.mark.parametrize("key, value", [("bias", ""), ("rank_pattern", {"(": 4}), ("r", "x"), ("target_modules", 3)])
+def test_an_adapter_config_that_peft_cannot_use_is_an_error_of_the_checkpoint(key, value, tiny, tmp_path):
+    folder = with_adapter(tiny).save_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ModelError, match="adapter_config.json|does not fit|LoRA wraps"):
+        DriveVLM.from_checkpoint(folder)
+
+
 def test_a_reference_copy_of_the_adapter_is_not_saved(tiny, tmp_path):
     model = with_adapter(tiny)
     model.save_checkpoint(tmp_path / "two")
