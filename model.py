@@ -590,7 +590,7 @@ class DriveVLM(nn.Module):
             self._wrap_lora(config, seed=0)
         except ModelError:
             raise
-        except Exception as error:  # of a damaged file PEFT says all kinds of things, NotImplementedError and re.error too
+        except Exception as error:  # PEFT raises all kinds on a damaged file, re.error and NotImplementedError too
             raise ModelError(f"{folder}: adapter_config.json: {_first_line(error)}") from error
         expected = {name: tensor.shape for name, tensor in self.adapter_state().items()}
         problems = _shape_problems(folder / "adapter_model.safetensors", expected)
