@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-from training.common import DriveVLMError, fail, file_sha256, load_config, process_rank, run_main, write_json
+from training.common import DriveVLMError, content_sha256, fail, load_config, process_rank, run_main, write_json
 from training.config import DetectConfig, DetectorSettings
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -41,7 +41,7 @@ from dataset import (
     video_reader_problems,
 )
 from stage3.evidence import Evidence, clip_evidence
-from stage3.vocabulary_config import COCO_NAMES
+from stage3.vocabulary_config import COCO_NAMES, NAMES_ELSEWHERE
 
 BOX_FLOOR = 0.10  # boxes below this confidence are not kept
 FORMAT = 1  # version of the cache; a new one starts a new folder
@@ -64,11 +64,43 @@ def weights_path(weights: str) -> Path:
 
 
 def weights_problems(settings: DetectorSettings, name: str) -> list[str]:
-    """One line if the weights are neither a file nor a name that can be downloaded. `name`: the key of `settings`."""
+    """What is wrong with the weights (no file, and no name that can be downloaded) and with `classes`. `name`: the key
+    of `settings`."""
+    if holds_labels(settings):
+        return [f"{name}.weights: {settings.weights} holds labels, not a detector, and not all clips have evidence of "
+                "them with these settings; run python -m stage3.import_boxes"]
+    return _file_problems(settings, name) + class_problems(settings, name)
+
+
+def holds_labels(settings: DetectorSettings) -> bool:
+    """True if the weights are labels for stage3/import_boxes.py: a JSON file or a folder."""
+    path = Path(settings.weights)
+    return path.is_dir() or path.suffix == ".json"
+
+
+def _file_problems(settings: DetectorSettings, name: str) -> list[str]:
     if weights_path(settings.weights).is_file() or KNOWN_WEIGHTS.fullmatch(settings.weights):
         return []
     return [f"{name}.weights: no such file, and no name that can be downloaded: {settings.weights} "
             "(names: yolov8n.pt .. yolov8x.pt, yolo11n.pt .. yolo11x.pt)"]
+
+
+def class_problems(settings: DetectorSettings, name: str) -> list[str]:
+    """One line if `classes` names something that our table lacks."""
+    strange = sorted(set(settings.classes.values()) - {*COCO_NAMES, "none"})
+    return [f"{name}.classes: {', '.join(strange)}: neither a class of COCO_NAMES in stage3/vocabulary_config.py nor "
+            "none, which ignores a class"] if strange else []
+
+
+def our_class_ids(names: set[str], settings: DetectorSettings, source: str) -> tuple[dict[str, int | None], str | None]:
+    """({a detector's class: its index in COCO_NAMES, None for one that is ignored}, None), or ({}, what is wrong)."""
+    ours = settings.classes or {name: name for name in COCO_NAMES}
+    if unlisted := sorted(names - set(ours)):
+        same = dict(zip(COCO_NAMES, COCO_NAMES, strict=True))
+        lines = [f"{name}: {(NAMES_ELSEWHERE | same).get(name, 'none')}" for name in sorted(names)]
+        return {}, (f"classes: {source} has classes that are not listed: {', '.join(unlisted)}; say what each of its "
+                    f"classes is in our words (none ignores one), as in classes: {{{', '.join(lines)}}}")
+    return {name: None if ours[name] == "none" else COCO_NAMES.index(ours[name]) for name in names}, None
 
 
 def frames_problems(settings: DetectorSettings, name: str, model_frames: int) -> list[str]:
@@ -104,9 +136,10 @@ def get_weights(settings: DetectorSettings) -> Path:
 def fingerprint(settings: DetectorSettings) -> dict:
     """The settings that decide a clip's boxes. `weights_sha256` is None if the weights are not on this machine."""
     path = weights_path(settings.weights)
-    sha256 = file_sha256(path) if path.is_file() else None
+    sha256 = content_sha256(path) if path.exists() else None
     values = (FORMAT, Path(settings.weights).name, sha256, settings.image_size, settings.num_frames, settings.nms_iou)
-    return dict(zip(FINGERPRINT_KEYS, values, strict=True))
+    made_by = dict(zip(FINGERPRINT_KEYS, values, strict=True))
+    return made_by | {"classes": dict(sorted(settings.classes.items()))} if settings.classes else made_by
 
 
 class Detector:
@@ -151,8 +184,21 @@ class Detector:
                 rows = torch.cat([boxes.cls[:, None], boxes.conf[:, None], boxes.xyxyn], dim=1).tolist()
                 found.append([])
                 for class_id, *numbers in sorted(rows, key=lambda row: -row[1]):
-                    found[-1].append([int(class_id), *(round(number, 4) for number in numbers)])
+                    if (ours := self.class_ids[int(class_id)]) is not None:
+                        found[-1].append([ours, *(round(number, 4) for number in numbers)])
         return found
+
+    @functools.cached_property
+    def class_ids(self) -> dict[int, int | None]:
+        """{class id of the network: index in COCO_NAMES, None for a class that is ignored}."""
+        names = {}
+        for class_id, name in self.network.names.items():  # a model built from a .yaml has "0", "1", ...: COCO's order
+            unnamed = not self.settings.classes and name == str(class_id) and class_id < len(COCO_NAMES)
+            names[class_id] = COCO_NAMES[class_id] if unnamed else name
+        ids, problem = our_class_ids(set(names.values()), self.settings, str(self.weights))
+        if problem:
+            raise DetectionError(problem)
+        return {class_id: ids[name] for class_id, name in names.items()}
 
     @functools.cached_property
     def network(self):
@@ -160,13 +206,7 @@ class Detector:
         os.environ.setdefault("YOLO_OFFLINE", "true")  # no check for updates
         from ultralytics import YOLO
 
-        network = YOLO(str(self.weights))
-        for class_id, name in network.names.items():  # ids are named by our table, so they must be COCO's
-            known = dict(enumerate(COCO_NAMES)).get(class_id)
-            if known is None or name not in (known, str(class_id)):  # a model built from a .yaml has "0", "1", ...
-                raise DetectionError(f"{self.weights}: class {class_id} is '{name}', but COCO's is '{known}': "
-                                     "not a COCO detector")
-        return network
+        return YOLO(str(self.weights))
 
 
 def make_detector(settings: DetectorSettings):
@@ -218,7 +258,7 @@ def is_up_to_date(file: Path, clip: Path) -> bool:
     return record is not None and "error" not in record and clip.is_file() and record["bytes"] == clip.stat().st_size
 
 
-def _open_cache(cache_dir: Path | str, made_by: dict, versions: dict) -> Path:
+def open_cache(cache_dir: Path | str, made_by: dict, versions: dict) -> Path:
     """The folder for these settings; refused if other versions made it, as their boxes must not be mixed."""
     folder = cache_folder(cache_dir, made_by)
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,8 +283,8 @@ def detect_clips(videos: list[str], video_root: Path | str, settings: DetectorSe
     """
     detector = detector or make_detector(settings)
     versions = dict(detector.fingerprint())
-    made_by = {key: versions.pop(key) for key in FINGERPRINT_KEYS}
-    folder = _open_cache(cache_dir, made_by, versions)
+    made_by = {key: versions.pop(key) for key in (*FINGERPRINT_KEYS, "classes") if key in versions}
+    folder = open_cache(cache_dir, made_by, versions)
     paths = {video: resolve_video(video_root, video) for video in sorted(set(videos))[rank::world_size]}
     todo = [video for video, path in paths.items() if not is_up_to_date(clip_file(folder, video), path)]
     if not todo:
@@ -288,7 +328,8 @@ def find_cache(cache_dir: Path | str, settings: DetectorSettings) -> Path:
     others, fitting = [], []
     for file in sorted(Path(cache_dir).glob("*/settings.json")):
         made_by = json.loads(file.read_text(encoding="utf-8"))["made_by"]
-        differs = [f"{key} {made_by.get(key)}, not {value}" for key, value in want.items() if made_by.get(key) != value]
+        differs = [f"{key} {made_by.get(key)}, not {want.get(key)}" for key in dict.fromkeys([*want, "classes"])
+                   if made_by.get(key) != want.get(key)]
         if differs:
             others.append(f"\n  {file.parent.name}: {'; '.join(differs)}")
         else:
@@ -350,7 +391,8 @@ def frequency_table(records: dict[str, dict], settings: DetectorSettings) -> str
     salient = Counter(name for clip in evidence for name in clip.salient)
     unknown = Counter(name for clip in evidence for name in clip.unknown)
     lines = [f"{'class':16}{'present':>9}{'share':>8}{'salient':>9}{'unknown':>9}"]
-    for name in sorted(COCO_NAMES, key=lambda name: (-present[name], -salient[name], -unknown[name])):
+    known = set(settings.classes.values()) or set(COCO_NAMES)
+    for name in sorted(known - {"none"}, key=lambda name: (-present[name], -salient[name], -unknown[name], name)):
         if present[name] or unknown[name]:
             share = present[name] / len(evidence)
             lines.append(f"{name:16}{present[name]:9}{share:8.0%}{salient[name]:9}{unknown[name]:9}")

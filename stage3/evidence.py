@@ -97,8 +97,8 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
     """The evidence of one clip; None if its detection failed.
 
     present: at present_confidence in present_frames frames, or at strong_confidence in one. unknown: not present, but
-    at absent_confidence or more. salient: present, and so large or so long in view that a caption must tell it. seen:
-    first and last frame at present_confidence, as fractions of the clip.
+    at absent_confidence or more, or a class that the detector does not know. salient: present, and so large or so long
+    in view that a caption must tell it. seen: first and last frame at present_confidence, as fractions of the clip.
     """
     if "error" in record:
         return None
@@ -111,6 +111,8 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
                 salient.add(name)
         elif seen.confidence >= settings.absent_confidence:
             unknown.add(name)
+    known = set(settings.classes.values()) or set(COCO_NAMES)  # a detector cannot miss what it does not know,
+    unknown |= set(COCO_NAMES) - (set() if record.get("sparse") else known)  # nor labels of single moments anything
     return Evidence(frozenset(present), frozenset(unknown), frozenset(salient), times)
 
 

@@ -248,6 +248,13 @@ def load_reward(config):
     return function, None
 
 
+def score_text(text, evidence, mode, reference, reward, weights) -> tuple[float, dict[str, float]]:
+    """(the weighted sum, {part: value}) of what a reward function says of a text."""
+    parts = dataclasses.asdict(reward(text, evidence, mode, reference))
+    parts = {name: parts[name] for name in weights}
+    return sum(weight * parts[name] for name, weight in weights.items()), parts
+
+
 def answer_limits(config):
     """{mode: longest answer in tokens}: `max_new_tokens`, else the mode's own limit."""
     return {mode: config.max_new_tokens.get(mode, info.max_new_tokens) for mode, info in MODE_TABLE.items()}
@@ -313,12 +320,11 @@ class RolloutSampler:
         """The answer's line of rollouts.jsonl, except its place in the step. A reward that fails ends the run."""
         evidence = self.evidence[entry.video]
         try:
-            parts = dataclasses.asdict(self.reward(completion.text, evidence, entry.mode, entry.captions[0]))
+            total, parts = score_text(completion.text, evidence, entry.mode, entry.captions[0], self.reward,
+                                      self.config.reward_weights)
         except Exception as error:  # whatever a user's function raises: it must not become a reward of 0
             raise TrainingError(f"reward {self.config.reward} failed on {entry.id}, {completion.text[:200]!r}: "
                                 f"{type(error).__name__}: {error}") from error
-        parts = {name: parts[name] for name in self.config.reward_weights}
-        total = sum(weight * parts[name] for name, weight in self.config.reward_weights.items())
         require_finite(total, "reward", [entry.id])
         mentions = [[mention.object, verdict, mention.start, mention.end]
                     for mention, verdict in label_mentions(completion.text, evidence)]

@@ -18,6 +18,12 @@ COCO_NAMES = (  # in the order of the class ids 0..79
     "hair drier", "toothbrush",
 )
 
+# What other data sets call a class of ours, to suggest a detector's `classes`; "none" is a class to ignore.
+NAMES_ELSEWHERE = {
+    "pedestrian": "person", "rider": "person", "motor": "motorcycle", "motorbike": "motorcycle", "bike": "bicycle",
+    "traffic sign": "none", "trailer": "truck", "other vehicle": "none", "other person": "person",
+}
+
 # Inventing or denying one of these could mislead a driver, so R_hall is strict about them.
 SAFETY_CRITICAL = frozenset(
     {"person", "bicycle", "car", "motorcycle", "bus", "train", "truck", "traffic light", "stop sign"}

@@ -232,6 +232,7 @@ PROGRAMS = {  # program: (its configuration, files that read it beyond the progr
     "train_stage3.py": (configs.Stage3Config, ["training/loop.py", "training/run_folder.py", "dataset.py",
                                                "stage3/rollout.py", "stage3/grpo.py"]),
     "stage3/detect_objects.py": (configs.DetectConfig, ["dataset.py"]),
+    "stage3/import_boxes.py": (configs.ImportConfig, ["stage3/detect_objects.py", "dataset.py"]),
     "evaluate.py": (configs.EvaluateConfig, ["dataset.py"]),
     "generate.py": (configs.GenerateConfig, ["dataset.py"]),
     "check_dataset.py": (configs.CheckConfig, ["dataset.py"]),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dataset import Entry, frame_indices, sample_clip
+from demo import world
 from demo.assemble_detector import BASE, assemble, build_network
 from demo.base_detector import IMAGE_SIZE, measure
 from stage3 import detect_objects
@@ -29,6 +30,7 @@ from stage3.detect_objects import (
     weights_problems,
 )
 from stage3.evidence import clip_evidence, evidence_dict, merge_bodies
+from stage3.grpo_reward_func import physics_aware_reward
 from stage3.vocabulary_config import COCO_NAMES
 from training.config import DetectorSettings
 
@@ -208,10 +210,69 @@ def test_boxes_of_a_frame_are_sorted_and_rounded(settings):
     found = SimpleNamespace(cls=torch.tensor([2.0, 0.0]), conf=torch.tensor([0.3, 0.8]),
                             xyxyn=torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.123456, 0.2, 0.3, 0.4]]))
     detector = Detector(settings, "cpu")
-    detector.network = SimpleNamespace(predict=lambda batch, **options: [SimpleNamespace(boxes=found)])
+    detector.network = SimpleNamespace(names={0: "person", 2: "car"},
+                                       predict=lambda batch, **options: [SimpleNamespace(boxes=found)])
     boxes = detector.detect(np.zeros((1, 8, 8, 3), np.uint8))
     assert boxes == [[[0, 0.8, 0.1235, 0.2, 0.3, 0.4], [2, 0.3, 0.1, 0.2, 0.3, 0.4]]]
     assert all(type(row[0]) is int for row in boxes[0])
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """The toy world's detector with its classes in another order and under other names, and as it is, with three clips:
+    `.plain .other` (settings), `.videos .folder`."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("renamed")
+    about, state = json.loads((BASE / "detector.json").read_text()), load_file(BASE / "detector.safetensors")
+    order = [5, 0, 11, 3, 2, 1, 4, 6, 10, 8, 9, 7]
+    ours = {f"kind-{name}": name for name in about["names"]}
+    about["names"] = [f"kind-{about['names'][old]}" for old in order]
+    heads = [name for name, value in state.items() if ".cv3." in name and value.shape[:1] == (12,)]
+    assert len(heads) == 6  # weight and bias at three scales
+    save_file(state | {name: state[name][order].clone() for name in heads}, folder / "detector.safetensors")
+    (folder / "detector.json").write_text(json.dumps(about))
+    videos = [f"{i}.mp4" for i in range(3)]
+    for i, video in enumerate(videos):
+        world.write_video(folder / video, world.make_clip((7, i)).frames)
+    common = DetectorSettings(image_size=320, num_frames=5)
+    return SimpleNamespace(
+        plain=replace(common, weights=str(assemble(BASE, folder / "plain.pt")),
+                      classes={name: name for name in ours.values()}),
+        other=replace(common, weights=str(assemble(folder, folder / "detector.pt")), classes=ours),
+        videos=videos, folder=folder, entries=[SimpleNamespace(video=video) for video in videos])
+
+
+def test_a_detector_with_other_names_and_ids_gives_equal_evidence_and_rewards(renamed, tmp_path):
+    for settings in (renamed.plain, renamed.other):
+        assert detect_clips(renamed.videos, renamed.folder, settings, tmp_path) == {}
+    one, two = (load_evidence(tmp_path, renamed.entries, each) for each in (renamed.plain, renamed.other))
+    assert one == two and all(len(evidence.present) > 1 for evidence in one.values())
+    text = "The light turns green, then a car passes a bus while a person crosses."
+    for video in renamed.videos:
+        assert physics_aware_reward(text, one[video], "copilot") == physics_aware_reward(text, two[video], "copilot")
+    unknown = set(COCO_NAMES) - set(renamed.plain.classes)  # what it was never taught
+    assert all(unknown <= evidence.unknown for evidence in one.values())
+
+    ignored = next(name for name in sorted(one["0.mp4"].present))
+    without = replace(renamed.other, classes={**renamed.other.classes, f"kind-{ignored}": "none"})
+    assert detect_clips(renamed.videos, renamed.folder, without, tmp_path) == {}  # other boxes, so another folder
+    evidence = load_evidence(tmp_path, renamed.entries, without)
+    assert all(ignored in each.unknown and ignored not in each.present for each in evidence.values())
+    with pytest.raises(DetectionError, match="classes {'kind-airplane'.*, not None"):
+        load_evidence(tmp_path, renamed.entries, replace(renamed.other, classes={}, weights="elsewhere/detector.pt"))
+
+
+def test_classes_that_are_not_listed_or_not_ours_are_named(renamed):
+    ours = renamed.other.classes
+    for classes, words in (({}, ", ".join(sorted(ours))),
+                           ({name: our for name, our in ours.items() if name != "kind-bus"}, "kind-bus")):
+        detector = Detector(replace(renamed.other, classes=classes), "cpu")
+        with pytest.raises(DetectionError, match=f"has classes that are not listed: {words}; say what each"):
+            assert detector.class_ids
+    assert Detector(renamed.other, "cpu").class_ids[0] == COCO_NAMES.index("bus")
+    found = weights_problems(replace(renamed.other, classes={"kind-car": "auto", "kind-bus": "none"}), "judge")
+    assert len(found) == 1 and found[0].startswith("judge.classes: auto: neither a class of COCO_NAMES")
 
 
 def test_the_cache_is_made_resumed_and_loaded(tiny, entries, settings, tmp_path, monkeypatch):
@@ -337,7 +398,7 @@ def test_a_detector_with_other_classes_is_refused(weights, tmp_path):
     (folder / "detector.json").write_text(json.dumps(about))
     shutil.copy(weights.parent / "detector.safetensors", folder)
     path = assemble(folder, folder / "detector.pt")
-    with pytest.raises(DetectionError, match="class 2 is 'rickshaw', but COCO's is 'car'"):
+    with pytest.raises(DetectionError, match="has classes that are not listed: rickshaw; say what each"):
         Detector(DetectorSettings(weights=str(path), image_size=64), "cpu").detect(np.zeros((1, 64, 64, 3), np.uint8))
 
 

@@ -357,6 +357,15 @@ def file_sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def content_sha256(path) -> str:
+    """The hash of a file, or of all files in a folder with their names."""
+    if Path(path).is_file():
+        return file_sha256(path)
+    lines = [f"{file.relative_to(path).as_posix()} {file_sha256(file)}"
+             for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def stable_seed(*parts) -> int:
     """A 63-bit seed from anything that prints, the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

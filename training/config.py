@@ -119,6 +119,9 @@ class DetectorSettings:
     image_size: int = 1280  # longer side of the frames as the detector sees them; 640 loses far traffic lights
     num_frames: int = 31  # frames that the detector runs on; k * (model's frames - 1) + 1 includes the model's own
     nms_iou: float = 0.7  # boxes of one class that overlap this much are merged
+    # the detector's classes in our words (COCO_NAMES in stage3/vocabulary_config.py), or none to ignore one; all of
+    # them where its names are not COCO's. What is not listed counts as unknown, never as absent
+    classes: dict[str, str] = field(default_factory=dict)
     batch_size: int = 8  # frames per forward pass
 
     present_confidence: float = 0.5  # a class is present at this confidence in present_frames frames
@@ -279,6 +282,23 @@ class DetectConfig(DataKeys):
 
     def problems(self):
         return super().problems() + getattr(self, self.which).problems(self.which)
+
+
+@dataclass
+class ImportConfig(DataKeys):
+    """python -m stage3.import_boxes"""
+
+    format: Literal["scalabel", "coco", "yolo"] = "scalabel"  # of the labels
+    # the reward's evidence (labels of all clips) or the judge's (of the held-out clips, for evaluate.py)
+    which: Literal["detector", "judge"] = "detector"
+    detector: DetectorSettings = field(default_factory=DetectorSettings)  # weights: the labels, a file or a folder
+    judge: DetectorSettings = field(default_factory=judge_defaults)  # the same for the judge
+    evidence_cache: str = "output/evidence"  # folder of the boxes, one JSON per clip
+    label_fps: float | None = None  # frame numbers per second of the labels; none: they are the clip's own
+
+    def problems(self):
+        return super().problems() + getattr(self, self.which).problems(self.which) + self.out_of_range(
+            above=["label_fps"])
 
 
 @dataclass
