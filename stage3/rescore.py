@@ -1,7 +1,7 @@
 """Scores the stored rollouts of a stage-3 run with another reward: what would have been rewarded otherwise? No GPU.
 
     python -m stage3.rescore output/stage3 --reward my_rewards:score        another reward function
-    python -m stage3.rescore output/stage3 --std_floor 0.1                  any other key of stage 3
+    python -m stage3.rescore output/stage3 --reward_weights.detail 0.4      other weights, or any other key of stage 3
     python -m stage3.rescore output/stage3                                  the run's reward as the code has it today
 
 Reads RUN/rollouts.jsonl and RUN/config.yaml, and the captions of the run's data file (as references); writes nothing.
@@ -128,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{run / 'rollouts.jsonl'} under {config.reward} ({weights}):\n")
     print(table({mode: compare(groups) for mode, groups in by_mode.items()}))
     scored.sort(key=lambda record: -abs(record["new_advantage"] - record["advantage"]))
-    print("\nAnswers whose advantage changes most:")
-    for record in scored[:SHOWN]:
+    changed = [record for record in scored if abs(record["new_advantage"] - record["advantage"]) > 1e-6]
+    print("\nAnswers whose advantage changes most:" if changed else "\nNo advantage changes.")
+    for record in changed[:SHOWN]:
         print(f"  step {record['step']}, {record['id']}: reward {record['reward']:.3f} -> {record['new_reward']:.3f}, "
               f"advantage {record['advantage']:+.2f} -> {record['new_advantage']:+.2f}\n    {record['text']}")
     return 0
