@@ -49,6 +49,8 @@ def main(argv=None):
     config.dtype = resolve_dtype(config.dtype)
     unknown = sorted(set(config.modes) - set(MODES))
     problems = [f"modes must be of {', '.join(MODES)}, got {', '.join(config.modes)}"] if unknown else []
+    if strange := sorted(set(config.mode_weights) - set(config.modes)):
+        problems.append(f"mode_weights: {', '.join(strange)} is none of modes: {', '.join(config.modes)}")
     reward, problem = load_reward(config) if not unknown else (None, None)
     problems += frames_problems(config.detector, "detector", config.num_frames) + ([problem] if problem else [])
     train_entries, held_out = loop.load_inputs(config, stage=3, modes=config.modes, problems=problems)

@@ -7,7 +7,7 @@ checked against. Nothing here runs a detector or reads a file.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from stage3.vocabulary_config import COCO_NAMES
+from stage3.vocabulary_config import COCO_NAMES, ROAD_CLASSES
 from training.config import DetectorSettings
 
 VEHICLE_BODIES = frozenset({"car", "truck", "bus"})  # detectors may give one vehicle two boxes with two of these names
@@ -97,8 +97,9 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
     """The evidence of one clip; None if its detection failed.
 
     present: at present_confidence in present_frames frames, or at strong_confidence in one. unknown: not present, but
-    at absent_confidence or more, or a class that the detector does not know. salient: present, and so large or so long
-    in view that a caption must tell it. seen: first and last frame at present_confidence, as fractions of the clip.
+    at absent_confidence or more, or a class that the detector does not know. salient: present, one of ROAD_CLASSES, and
+    so large or so long in view that a caption must tell it. seen: first and last frame at present_confidence, as
+    fractions of the clip.
     """
     if "error" in record:
         return None
@@ -107,7 +108,8 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
         if len(seen.times) >= settings.present_frames or seen.confidence >= settings.strong_confidence:
             present.add(name)
             times[name] = (seen.times[0], seen.times[-1])
-            if seen.area >= settings.salient_area or len(seen.times) >= settings.salient_frames:
+            large = seen.area >= settings.salient_area or len(seen.times) >= settings.salient_frames
+            if large and name in ROAD_CLASSES:
                 salient.add(name)
         elif seen.confidence >= settings.absent_confidence:
             unknown.add(name)

@@ -279,7 +279,7 @@ def completion_logps(model, groups, *, temperature=1.0, shared_prefix=True):
 
 
 def loss_share(loss_type, rows, step_rows, passes):
-    """The factor by which a pass's loss is multiplied, so that the passes of all ranks sum to the step's loss.
+    """The factor by which a pass's loss of one mode is multiplied, so that all passes sum to the step's loss of it.
 
     grpo and dr_grpo are means over rows: the pass's share of the rows. dapo is already divided by the step's tokens
     (num_items). bnpo is a mean of passes, by definition: only it depends on how the step is split.
@@ -296,9 +296,10 @@ def policy_logps(config, model, batch):
 def training_pass(config, model, batch, limits, old_logps, ref_logps, totals, sums):
     """Forward and backward over some rollouts; gradients of their share of the step's loss add up in the parameters.
 
-    batch: stage3.rollout.Rollouts with advantages; limits: {mode: longest answer}; totals: what the step's loss is
-    divided by; old_logps [N, T]: log-probs before the first update (None: this is it). Statistics are added to `sums`.
-    Returns (the share of the loss, old_logps).
+    The step's loss is the mean over modes, weighted by `mode_weights`, of each mode's own loss: else the long answers
+    of one mode would outweigh the short ones of the other. batch: stage3.rollout.Rollouts with advantages; limits:
+    {mode: longest answer}; totals: what the losses are divided by; old_logps [N, T]: log-probs before the first update
+    (None: this is it). Statistics are added to `sums`. Returns (the share of the loss, old_logps).
     """
     logps, entropy, mask = policy_logps(config, model, batch)  # [N, T]
     advantages = torch.cat([rollout.advantages for rollout in batch]).to(logps.device)  # [N]
@@ -312,15 +313,21 @@ def training_pass(config, model, batch, limits, old_logps, ref_logps, totals, su
         gap = (logps.detach()[mask] - torch.tensor(sampled, device=logps.device)).abs()
         gap = torch.zeros_like(logps).masked_scatter(mask, gap)
     mask = mask & kept[:, None]
-    loss, stats = grpo_loss(
-        logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, beta=config.beta, epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high, loss_type=config.loss_type, kl=config.kl,
-        max_completion_tokens=max(limits.values()), num_items=totals.tokens)
-    loss = loss * loss_share(config.loss_type, len(logps), totals.rows, totals.passes)
+    modes = [rollout.entry.mode for rollout in batch for _ in rollout.completions]  # [N]
+    loss = 0.0
+    for mode in dict.fromkeys(modes):
+        rows = torch.tensor([other == mode for other in modes], device=logps.device)
+        old, ref = (None if x is None else x[rows] for x in (old_logps, ref_logps))
+        of_mode, stats = grpo_loss(
+            logps[rows], advantages[rows], mask[rows], old_logps=old, ref_logps=ref, beta=config.beta,
+            epsilon=config.epsilon, epsilon_high=config.epsilon_high, loss_type=config.loss_type, kl=config.kl,
+            max_completion_tokens=limits[mode], num_items=totals.tokens[mode])
+        share = loss_share(config.loss_type, int(rows.sum()), totals.rows[mode], totals.passes[mode])
+        loss = loss + totals.weights[mode] * share * of_mode
+        sums["tokens"] += stats["tokens"].item()
+        for key in ("kl", "clip", "clip_low", "clip_high"):
+            sums[key] += (stats[key] * stats["tokens"]).item()
     loss.backward()
-    sums["tokens"] += stats["tokens"].item()
-    for key in ("kl", "clip", "clip_low", "clip_high"):
-        sums[key] += (stats[key] * stats["tokens"]).item()
     sums["entropy"] += entropy[mask].sum().item()
     if first_pass:  # measured once, but divided by the tokens of all inner epochs
         sums["sampler_gap"] += gap[mask].sum().item() * config.inner_epochs

@@ -9,9 +9,8 @@
 
 import dataclasses
 import importlib
-import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import gather_object
@@ -379,12 +378,13 @@ class RolloutSampler:
 
 @dataclass
 class StepTotals:
-    """What a step's loss is divided by, over all ranks: rows and tokens that count, training passes."""
+    """What a step's losses are divided by, by mode and over all ranks: rows and tokens that count, training passes."""
 
-    live_groups: int = 0  # groups with something to learn from
-    rows: int = 0
-    tokens: int = 0
-    passes: int = 0
+    live_groups: int = 0  # groups with something to learn from, of all modes
+    rows: Counter = field(default_factory=Counter)
+    tokens: Counter = field(default_factory=Counter)
+    passes: Counter = field(default_factory=Counter)
+    weights: dict[str, float] = field(default_factory=dict)  # of the modes with live groups; their sum is 1
 
 
 def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotals:
@@ -393,13 +393,18 @@ def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotal
     Sets "advantage" in every record, and `advantages` and `kept` of the rollouts that the loss is made of. A group is
     left out (dead) where all rewards are equal, or where all its answers are cut off and `mask_truncated` is set.
     """
-    totals, passes = StepTotals(), Counter()
+    totals, live_of_rank = StepTotals(), Counter()
     if not records:
         return totals
     own = {rollout.slot: rollout for rollout in rollouts}
     group = config.num_generations
     rewards = torch.tensor([record["reward"] for record in records], dtype=torch.float64).view(-1, group)  # [B, G]
-    advantages = group_advantages(rewards, config.advantage_scale, config.std_floor)
+    modes = [record["mode"] for record in records[::group]]  # [B]
+    advantages = torch.empty_like(rewards)
+    for mode in dict.fromkeys(modes):  # each by itself, as the std of a batch is not the same in both
+        of_mode = [row for row, other in enumerate(modes) if other == mode]
+        advantages[of_mode] = group_advantages(rewards[of_mode], config.advantage_scale, config.std_floor)
+    passes = set()  # (mode, rank, number of the pass)
     for row, varied in enumerate(has_variance(rewards).tolist()):
         answers = records[row * group:(row + 1) * group]
         for record, advantage in zip(answers, advantages[row].tolist(), strict=True):
@@ -407,14 +412,18 @@ def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotal
         kept = [record["ended"] or not config.mask_truncated for record in answers]
         if not varied or not any(kept):
             continue
-        slot = answers[0]["slot"]
+        slot, mode = answers[0]["slot"], modes[row]
         if slot in own:
             own[slot].advantages, own[slot].kept = advantages[row].float(), torch.tensor(kept)
+        rank = slot // prompts_per_rank
+        passes.add((mode, rank, live_of_rank[rank] // config.per_device_batch_size))
+        live_of_rank[rank] += 1
         totals.live_groups += 1
-        totals.rows += group
-        totals.tokens += sum(record["tokens"] for record, keep in zip(answers, kept, strict=True) if keep)
-        passes[slot // prompts_per_rank] += 1
-    totals.passes = sum(math.ceil(count / config.per_device_batch_size) for count in passes.values())
+        totals.rows[mode] += group
+        totals.tokens[mode] += sum(record["tokens"] for record, keep in zip(answers, kept, strict=True) if keep)
+    totals.passes = Counter(mode for mode, _, _ in passes)
+    weights = {mode: config.mode_weights.get(mode, 1.0) for mode in totals.rows}
+    totals.weights = {mode: weight / sum(weights.values()) for mode, weight in weights.items()}
     return totals
 
 

@@ -29,6 +29,9 @@ SAFETY_CRITICAL = frozenset(
     {"person", "bicycle", "car", "motorcycle", "bus", "train", "truck", "traffic light", "stop sign"}
 )
 
+# Only these can be salient: classes that a good caption must tell. A bench or a handbag may be told and never must.
+ROAD_CLASSES = SAFETY_CRITICAL | {"dog", "cat", "horse", "sheep", "cow"}
+
 # class -> other words for it, in the singular (mentions.py adds the class's own name and the plurals).
 # Left out on purpose, because in road scenes they usually mean something else: driver, passenger and motorist (inside
 # a car), walker, figure, family, coach, ship, jet.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROWS
 from safetensors.torch import load_file
 from test_stage3 import write_evidence
@@ -300,7 +301,8 @@ def test_every_key_of_the_loss_reaches_the_loss(odd):
     for options in odd[3].losses:
         values = {key: options[key] for key in ("beta", "epsilon", "epsilon_high", "loss_type", "kl")}
         assert values == {"beta": 0.5, "epsilon": 0.1, "epsilon_high": 0.4, "loss_type": "grpo", "kl": "k2"}
-        assert options["ref_logps"] is not None and options["max_completion_tokens"] == 9
+        assert options["ref_logps"] is not None
+    assert {options["max_completion_tokens"] for options in odd[3].losses} == {9, 6}  # each mode's own limit
     assert sum(options["old_logps"] is None for options in odd[3].losses) * 2 == len(odd[3].losses)  # the first epoch
 
 
@@ -313,11 +315,11 @@ def test_policy_log_probs_are_those_of_the_sampler_at_another_temperature(odd):
 def test_advantages_are_those_of_advantage_scale_and_std_floor(odd):
     records = read_jsonl(odd[3].folder / "rollouts.jsonl")
     assert len(records) == STEPS * 2 * 3
-    furthest = dict.fromkeys([("group", 0.12), ("batch", 0.05), ("batch", 0.0), ("none", 0.12)], 0.0)
-    for start in range(0, len(records), 6):
-        step = records[start:start + 6]
-        rewards = torch.tensor([row["reward"] for row in step], dtype=torch.float64).view(2, 3)
-        given = torch.tensor([row["advantage"] for row in step], dtype=torch.float64).view(2, 3)
+    furthest = dict.fromkeys([("batch", 0.05), ("batch", 0.0), ("none", 0.12)], 0.0)
+    for start in range(0, len(records), 3):  # a step has one group of each mode
+        group = records[start:start + 3]
+        rewards = torch.tensor([[row["reward"] for row in group]], dtype=torch.float64)
+        given = torch.tensor([[row["advantage"] for row in group]], dtype=torch.float64)
         torch.testing.assert_close(given, group_advantages(rewards, "batch", 0.12), rtol=1e-5, atol=1e-7)
         for other, gap in furthest.items():
             furthest[other] = max(gap, (given - group_advantages(rewards, *other)).abs().max().item())
@@ -372,11 +374,44 @@ def test_truncated_answers_are_left_out_where_the_key_says_so():
     """Without mask_truncated they count."""
     for masked in (False, True):
         config = SimpleNamespace(num_generations=2, advantage_scale="group", std_floor=0.0, mask_truncated=masked,
-                                 per_device_batch_size=1)
-        records = [{"slot": 0, "reward": float(k), "ended": k == 0, "tokens": 5} for k in range(2)]
+                                 per_device_batch_size=1, mode_weights={})
+        records = [{"slot": 0, "mode": "copilot", "reward": float(k), "ended": k == 0, "tokens": 5} for k in range(2)]
         rollout = SimpleNamespace(slot=0, advantages=None, kept=None)
         totals = stage3.rollout.compute_advantages(config, [rollout], records, 1)
-        assert rollout.kept.tolist() == [True, not masked] and totals.tokens == (5 if masked else 10)
+        assert rollout.kept.tolist() == [True, not masked] and totals.tokens == {"copilot": 5 if masked else 10}
+        assert totals.weights == {"copilot": 1.0}
+
+
+def test_passes_and_rows_are_counted_by_mode():
+    """Two ranks of three prompts, two per pass; the second group of rank 0 is dead and takes no place in a pass."""
+    config = SimpleNamespace(num_generations=2, advantage_scale="group", std_floor=0.0, mask_truncated=True,
+                             per_device_batch_size=2, mode_weights={"copilot": 3.0})
+    records = []
+    for slot, mode in enumerate(["microscope", "copilot", "copilot", "microscope", "copilot", "microscope"]):
+        records += [{"slot": slot, "mode": mode, "reward": float(k and slot != 1), "ended": True, "tokens": 10 * slot}
+                    for k in range(2)]
+    totals = stage3.rollout.compute_advantages(config, [], records, 3)
+    assert totals.live_groups == 5 and totals.rows == {"microscope": 6, "copilot": 4}
+    assert totals.tokens == {"microscope": 160, "copilot": 120}
+    # rank 0: (microscope 0, copilot 2); rank 1: (microscope 3, copilot 4), (microscope 5)
+    assert totals.passes == {"microscope": 3, "copilot": 2}
+    assert totals.weights == {"microscope": 0.25, "copilot": 0.75}
+
+
+def test_a_batch_has_its_own_std_for_each_mode():
+    config = SimpleNamespace(num_generations=2, advantage_scale="batch", std_floor=0.0, mask_truncated=True,
+                             per_device_batch_size=1, mode_weights={})
+    rewards = {"microscope": [[0.0, 1.0], [0.2, 0.3]], "copilot": [[0.0, 0.01], [0.5, 0.9]]}
+    for scale in ("batch", "group", "none"):
+        config.advantage_scale, records = scale, []
+        for slot, (mode, number) in enumerate([("microscope", 0), ("copilot", 0), ("copilot", 1), ("microscope", 1)]):
+            records += [{"slot": slot, "mode": mode, "reward": reward, "ended": True, "tokens": 1}
+                        for reward in rewards[mode][number]]
+        stage3.rollout.compute_advantages(config, [], records, 4)
+        given = {mode: [record["advantage"] for record in records if record["mode"] == mode] for mode in rewards}
+        for mode, groups in rewards.items():
+            expected = stage3.grpo.group_advantages(torch.tensor(groups, dtype=torch.float64), scale)
+            assert given[mode] == expected.flatten().tolist()
 
 
 # ---- several ranks, clips that fail ----------------------------------------------------------------------------------
@@ -482,8 +517,8 @@ def test_the_revisions_of_the_base_models_are_saved_and_asked_for_again(saved, t
         monkeypatch.setattr(owner, name, wrapped)
 
     look(model_module.AutoConfig, "from_pretrained")
-    look(model_module.AutoModelForCausalLM, "from_pretrained")
-    look(model_module.SiglipVisionModel, "from_pretrained")
+    look(transformers.AutoModelForCausalLM, "from_pretrained")
+    look(transformers.SiglipVisionModel, "from_pretrained")
     look(model_module.SiglipVisionConfig, "from_pretrained")
     DriveVLM.from_checkpoint(saved[1])
     assert {pair for pair in asked if pair[0] == str(tiny.vision)} == {(str(tiny.vision), "v1")}

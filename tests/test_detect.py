@@ -72,6 +72,13 @@ def test_two_boxes_of_one_frame_are_one_sighting():
     assert evidence.present == frozenset() and evidence.unknown == {"person"}
 
 
+def test_only_classes_of_the_road_are_salient():
+    """A handbag may be told, and must not be."""
+    record = clip(*[[[IDS[name], 0.9, 0.1, 0.1, 0.6, 0.6] for name in ("handbag", "bench", "person", "dog")]] * 6)
+    evidence = clip_evidence(record, SETTINGS)
+    assert evidence.present == {"handbag", "bench", "person", "dog"} and evidence.salient == {"person", "dog"}
+
+
 def test_a_class_is_salient_by_area_or_by_duration():
     small, large = [box("person", 0.6, SMALL)], [box("car", 0.6)]
     assert clip_evidence(clip(small, small, large, large), SETTINGS).salient == {"car"}

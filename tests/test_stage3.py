@@ -352,6 +352,35 @@ def test_two_processes_give_the_same_step_as_one(stage2, tmp_path, quick):
         assert (folders[1] / "model" / "drivevlm.json").is_file() and (folders[1] / "report.html").is_file()
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_modes_weigh_the_same_whatever_their_answers_are(stage2, tmp_path, quick, loss_type):
+    """The gradient of a step of both modes is the mean of the gradients of the modes by themselves, by weight."""
+    captured = {}
+
+    def step_of(name, *flags, only=None):
+        compute = train_stage3.compute_advantages
+
+        def one_mode(config, rollouts, records, *rest):
+            if only:  # the same answers, but those of the other mode do not count
+                rollouts[:] = [rollout for rollout in rollouts if rollout.entry.mode == only]
+                records[:] = [record for record in records if record["mode"] == only]
+            return compute(config, rollouts, records, *rest)
+
+        quick.setattr(train_stage3, "compute_advantages", one_mode)
+        grads, _ = gradients_of(stage2, tmp_path / name, quick, "--loss_type", loss_type, *flags)
+        quick.setattr(train_stage3, "compute_advantages", compute)
+        captured[name] = grads
+
+    step_of("both")
+    step_of("weighted", "--mode_weights", "microscope", 3, "copilot", 1)
+    for mode in MODES:
+        step_of(mode, only=mode)
+    for name, share in (("both", 0.5), ("weighted", 0.75)):
+        expected = share * captured["microscope"] + (1 - share) * captured["copilot"]
+        torch.testing.assert_close(captured[name], expected, rtol=1e-4, atol=1e-7)
+    assert (captured["microscope"] - captured["copilot"]).abs().max() > 1e-4
+
+
 def test_inner_epochs_update_from_the_same_answers(stage2, tmp_path, quick):
     run_stage3(stage2, tmp_path / "run", "--max_steps", 2, "--inner_epochs", 3, "--learning_rate", 0.05)
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")
@@ -464,6 +493,8 @@ def test_steps_without_a_live_group_stop_the_run(stage2, tmp_path, quick):
 @pytest.mark.parametrize("flags, message", [
     (("--num_generations", 1), "num_generations must be at least 2"),
     (("--modes", "copilot", "telescope"), "modes must be of microscope, copilot, got copilot, telescope"),
+    (("--mode_weights", "copilot", "0"), "mode_weights.copilot must be above 0"),
+    (("--modes", "copilot", "--mode_weights", "microscope", "2"), "mode_weights: microscope is none of modes: copilot"),
     (("--beta", "-1", "--temperature", "0"), "beta must be at least 0"),
     (("--loss_type", "ppo"), "invalid choice 'ppo' for argument '--loss_type'"),
     (("--evidence_cache", "nowhere"), "detector.weights: no such file"),

@@ -228,6 +228,9 @@ class Stage3Config(TrainKeys):
 
     # prompts alternate between these modes; repeat a mode to sample it more often
     modes: list[str] = field(default_factory=lambda: ["microscope", "copilot"])
+    # weight of each mode's loss in the step's; a mode left out: 1. Without weights, modes count alike, whatever the
+    # number and length of their answers
+    mode_weights: dict[str, float] = field(default_factory=dict)
     num_generations: int = 8  # answers sampled for each prompt: its group
     # longest answer per mode, in tokens; a mode left out: its limit in dataset.MODE_TABLE
     max_new_tokens: dict[str, int] = field(default_factory=lambda: {"microscope": 768, "copilot": 96})
@@ -263,6 +266,8 @@ class Stage3Config(TrainKeys):
             found.append("modes must name at least one mode")
         found += [f"max_new_tokens.{mode} must be above 0, got {limit}"
                   for mode, limit in self.max_new_tokens.items() if limit < 1]
+        found += [f"mode_weights.{mode} must be above 0, got {weight}"
+                  for mode, weight in self.mode_weights.items() if weight <= 0]
         if not self.reward_weights or min(self.reward_weights.values()) < 0 or sum(self.reward_weights.values()) <= 0:
             found.append(f"reward_weights must be at least 0 and not all 0, got {self.reward_weights}")
         return super().problems() + found + self.detector.problems("detector")
