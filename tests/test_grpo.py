@@ -4,13 +4,16 @@ Run: `python -m pytest tests/test_grpo.py -q`
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import stage3.grpo
 from dataset import Entry, VideoError, cached_frames, encode_prompt
 from model import DriveVLM, ModelError, adapter_hash
 from stage3.grpo import (
+    LOSS_TYPES,
     PREFIX,
     Group,
     check_shared_prefix,
@@ -19,8 +22,10 @@ from stage3.grpo import (
     grpo_loss,
     has_variance,
     load_reference,
+    loss_share,
     pack_groups,
     reference_policy,
+    training_pass,
 )
 from stage3.rollout import VisualTokens, prompts_of_step, sample_groups, sample_tokens
 from training.common import stable_seed
@@ -133,6 +138,8 @@ def test_the_lower_and_the_upper_clip_bound_are_separate():
     assert loss(-1.0, 0.70, 0.2, 0.28) == pytest.approx((0.8, 1, 0))
     assert loss(-1.0, 0.70, 0.4, 0.28) == pytest.approx((0.7, 0, 0))
     assert loss(-1.0, 3.00, 0.2, 0.28) == pytest.approx((3.0, 0, 0))  # never clipped on this side
+    assert loss(0.5, 0.50, 0.2, 0.28) == pytest.approx((-0.25, 0, 0))  # nor on this one
+    assert loss(0.0, 0.50, 0.2, 0.28) == pytest.approx((0.0, 0, 0)) == loss(0.0, 3.0, 0.2, 0.28)
 
 
 @pytest.mark.parametrize("kl, values", [("k3", lambda d: math.exp(d) - d - 1), ("k2", lambda d: d * d / 2)])
@@ -159,6 +166,35 @@ def test_without_beta_the_kl_is_reported_but_not_in_the_loss():
     loss, stats = grpo_loss(LOGPS, ADVANTAGES, MASK, old_logps=OLD, ref_logps=LOGPS + 1.0, beta=0.0)
     assert loss.item() == pytest.approx(MEANS["dapo"])
     assert stats["kl"].item() == pytest.approx(math.e - 2)
+
+
+def test_any_beta_above_0_counts():
+    loss, _ = grpo_loss(LOGPS, ADVANTAGES, MASK, old_logps=OLD, ref_logps=LOGPS + 1.0, beta=1.0)
+    assert loss.item() == pytest.approx(MEANS["dapo"] + math.e - 2)
+
+
+def test_passes_share_the_loss_as_worked_out_by_hand():
+    """A pass of 4 of a step's 16 rows, in 5 passes."""
+    shares = {loss_type: loss_share(loss_type, 4, 16, 5) for loss_type in LOSS_TYPES}
+    assert shares == {"grpo": 0.25, "dr_grpo": 0.25, "dapo": 1.0, "bnpo": 0.2}
+
+
+def test_statistics_of_a_step_are_means_over_tokens_and_inner_epochs(monkeypatch):
+    """Two answers of 3 and 1 tokens: entropy 2, and 0.5 between the log-probs as sampled and in the training pass."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    logps = torch.where(mask, -1.0, 0.0).requires_grad_()
+    monkeypatch.setattr(stage3.grpo, "policy_logps", lambda *_: (logps, torch.where(mask, 2.0, 7.0), mask))
+    answers = [SimpleNamespace(logps=[-1.5] * 3), SimpleNamespace(logps=[-0.5])]
+    rollout = SimpleNamespace(entry=SimpleNamespace(mode="copilot"), completions=answers,
+                              advantages=torch.tensor([1.0, -1.0]), kept=torch.tensor([True, True]))
+    config = SimpleNamespace(beta=0.0, epsilon=0.2, epsilon_high=None, loss_type="dapo", kl="k3", inner_epochs=2)
+    totals = SimpleNamespace(rows={"copilot": 2}, tokens={"copilot": 4}, passes={"copilot": 1},
+                             weights={"copilot": 1.0})
+    sums, old = dict.fromkeys(stage3.grpo.SUMS, 0.0), None
+    for _ in range(2):
+        _, old = training_pass(config, None, [rollout], {"copilot": 5}, old, None, totals, sums)
+    assert sums["tokens"] == 8 and sums["entropy"] / 8 == 2.0
+    assert sums["sampler_gap"] / 8 == pytest.approx(0.5)
 
 
 def test_dapo_divides_by_num_items():
