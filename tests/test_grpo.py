@@ -168,6 +168,14 @@ def test_without_beta_the_kl_is_reported_but_not_in_the_loss():
     assert stats["kl"].item() == pytest.approx(math.e - 2)
 
 
+def test_differences_of_log_probs_are_cut_at_20():
+    one = torch.ones(1, 1)
+    for difference, ratio in ((50.0, math.exp(20)), (19.9, math.exp(19.9)), (-50.0, math.exp(-20))):
+        logps = torch.tensor([[difference]], dtype=torch.float64)
+        _, stats = grpo_loss(logps, torch.tensor([1.0]), one, old_logps=torch.zeros(1, 1, dtype=torch.float64))
+        assert stats["ratio"].item() == pytest.approx(ratio, rel=1e-9)
+
+
 def test_any_beta_above_0_counts():
     loss, _ = grpo_loss(LOGPS, ADVANTAGES, MASK, old_logps=OLD, ref_logps=LOGPS + 1.0, beta=1.0)
     assert loss.item() == pytest.approx(MEANS["dapo"] + math.e - 2)
