@@ -198,7 +198,7 @@ def _break_of(gap):
         return STOP
     if gap in ("-", "‐", "‑"):
         return HYPHEN
-    return COMMA if gap.strip(" \t\r\n\"'“”‘’*_#") else NO_BREAK
+    return COMMA if gap.strip().strip("\"'“”‘’*_#").strip() else NO_BREAK  # any white space, of any width
 
 
 def _split_words(text):
@@ -447,7 +447,7 @@ def _denies_subject(reading, i):
         if _ends_clause(reading, j):
             break
         rest.append(reading.words[j])
-    if not {"longer", "only", "just", "yet"}.isdisjoint(rest):
+    if not {"longer", "only", "just", "yet", "always", "fully", "entirely", "completely"}.isdisjoint(rest):
         return False
     verb = reading.words[i]
     if verb in vocab.BE and not {"absent", "missing", "nowhere"}.isdisjoint(rest[:2]):

@@ -150,6 +150,7 @@ def test_mentions_are_found(text, expected):
     ("Nobody is on the road. No one crosses.", ["-person", "-person"]),
     ("A car-free street.", ["-car"]),
     ("Stop signs are not visible.", ["-stop sign"]),
+    ("Traffic signals are not always visible.", ["traffic light"]), ("Buses are not fully visible.", ["bus"]),
     ("Cars and buses are not visible.", ["-car", "-bus"]),
     ("Pedestrians are absent, cars move.", ["-person", "car"]),
     ("Pedestrians can't be seen.", ["-person"]),
@@ -185,6 +186,12 @@ def test_mentions_are_found(text, expected):
 ])
 def test_negation_covers_its_scope_only(text, expected):
     assert found(text) == expected
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u2009", "\u202f", "\u3000", "  ", "\t", "\n"])
+def test_white_space_of_any_kind_separates_words_and_not_clauses(space):
+    """Non-breaking and thin spaces come with texts that are copied from pages."""
+    assert found(space.join("no traffic light or fire hydrant ahead".split())) == ["-traffic light", "-fire hydrant"]
 
 
 def test_spans_cover_the_words_that_name_the_object():
