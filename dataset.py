@@ -943,19 +943,20 @@ class VideoInstructDataset(Dataset):
     An example is {"id", "frames" uint8 [T, S, S, 3], "input_ids", "labels" (lists of one length), "cut" (did the answer
     not fit?)}; with `features` (the tower's, as ClipTensors), it has "features" [T, P, Dv] instead of frames. A clip
     that cannot be read is never replaced by another: its example has "error" ("path: reason"), zeros for frames and no
-    supervised token, and `collate` leaves it out. Caption variant and augmentation (with `augment`) depend on (seed,
-    epoch, id) alone; with `train=False` the answer is `captions[0]`.
+    supervised token, and `collate` leaves it out. Caption variant and augmentation (`augment`; None: as `train`) depend
+    on (seed, epoch, id) alone; with `train=False` the answer is `captions[0]`.
     """
 
     def __init__(
         self, entries: list[Entry], tokenizer, *, video_root, num_frames: int, image_size: int,
         num_visual_tokens: int, max_text_tokens: int, cache_dir=None, seed: int = 0, train: bool = True,
-        augment: bool = False, features: ClipTensors | None = None,
+        augment: bool | None = None, features: ClipTensors | None = None,
     ):
         self.entries, self.tokenizer, self.video_root = entries, tokenizer, Path(video_root)
         self.num_frames, self.image_size, self.cache_dir = num_frames, image_size, cache_dir
         self.num_visual_tokens, self.max_text_tokens = num_visual_tokens, max_text_tokens
-        self.seed, self.train, self.augment, self.features = seed, train, augment, features
+        self.seed, self.train, self.features = seed, train, features
+        self.augment = train if augment is None else augment
 
     def __len__(self) -> int:
         return len(self.entries)

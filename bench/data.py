@@ -111,8 +111,7 @@ def loader_speed(args, clips: list[Path], cache: Path, length: int = 256) -> flo
     entries = [Entry(f"{i}#microscope", clips[i % len(clips)].name, "microscope", MODES["microscope"], (text,))
                for i in range(length)]
     examples = VideoInstructDataset(entries, tokenizer, video_root=clips[0].parent, num_frames=FRAMES, image_size=SIZE,
-                                    num_visual_tokens=VISUAL_TOKENS, max_text_tokens=1024, cache_dir=cache,
-                                    augment=True)
+                                    num_visual_tokens=VISUAL_TOKENS, max_text_tokens=1024, cache_dir=cache)
     loader = DataLoader(examples, batch_size=2, num_workers=args.workers,
                         collate_fn=lambda rows: collate(rows, tokenizer.pad_token_id))
     batches, skipped = iter(loader), 16
