@@ -33,7 +33,7 @@ STOPPED = 130  # exit code after Ctrl-C
 
 @dataclass
 class Part:
-    """One command of the demo. `seconds`: on 2 cores, between bfloat16 and float32, for the estimate of what is left."""
+    """One command of the demo. `seconds`: on 2 cores, between bfloat16 and float32; for the estimate of time left."""
 
     name: str
     title: str
