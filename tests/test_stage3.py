@@ -4,6 +4,7 @@ Run: `python -m pytest tests/test_stage3.py -q`
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
+import generate
 import stage3.grpo
+import train_stage1_ddp
+import train_stage2
 import train_stage3
 import training.run_folder
 from dataset import MODES
@@ -119,6 +124,37 @@ def weights_of(folder):
 def finished(stage2, tmp_path_factory):
     """One whole run of four steps."""
     return run_stage3(stage2, tmp_path_factory.mktemp("stage3") / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From clips to answers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_whole_path_works_in_both_number_types(dtype, stage2, tiny, tmp_path, quick, capsys):
+    """Stages 1, 2 and 3, evaluation and one answer, as `make demo` runs them, on tiny models."""
+    shared = ["--config", stage2 / "stage3.yaml", "--dtype", dtype, "--tower_cache", tmp_path / "tower",
+              "--augment", "false", "--max_steps", 2]
+    train_stage1_ddp.main([*shared, "--output_dir", tmp_path / "one", "--init_from", "none"])
+    train_stage2.main([*shared, "--output_dir", tmp_path / "two", "--init_from", tmp_path / "one", "--lora_r", 4])
+    run_stage3(stage2, tmp_path / "three", "--init_from", tmp_path / "two", "--dtype", dtype, "--max_steps", 2)
+    for name in ("one", "two", "three"):
+        assert json.loads((tmp_path / name / "model" / "drivevlm.json").read_text())["dtype"] == dtype
+        losses = [row["loss"] for row in rows_of(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        assert losses and all(math.isfinite(loss) for loss in losses)
+    tensor, = {load_file(file)["tensor"].dtype for file in (tmp_path / "tower").rglob("*.safetensors")}
+    assert str(tensor) == f"torch.{dtype}"  # what the tower makes has its own type
+
+    truth = {f"{name}.mp4": {"present": ["car"]} for name in CLIPS}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    evaluate.main(["--config", str(stage2 / "stage3.yaml"), "--dtype", dtype, "--output_dir", str(tmp_path / "eval"),
+                   "--truth", str(tmp_path / "truth.json"), "--checkpoint", f"stage3={tmp_path / 'three'}"])
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert {"stage3", "blank", "swapped", "reference"} <= set(metrics["systems"])
+    capsys.readouterr()
+    generate.main(["--checkpoint", str(tmp_path / "three"), "--video", str(tiny.videos / "car.mp4"), "--json",
+                   "--dtype", dtype, "--max_new_tokens", "8"])
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
