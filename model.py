@@ -852,8 +852,8 @@ class DriveVLM(nn.Module):
             )
         return output.last_hidden_state
 
-    def forward(self, *, input_ids, attention_mask, labels, frames=None, features=None, num_items_in_batch=None,
-                **ignored):
+    def forward(self, frames=None, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None,
+                features=None, **ignored):
         """Token-weighted cross-entropy of the labels; only label positions reach the head.
 
         frames uint8 [B, T, S, S, 3], or features [B, T, P, Dv] that the tower made of them; input_ids, attention_mask,
