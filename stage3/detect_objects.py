@@ -97,7 +97,7 @@ def our_class_ids(names: set[str], settings: DetectorSettings, source: str) -> t
     ours = settings.classes or {name: name for name in COCO_NAMES}
     if unlisted := sorted(names - set(ours)):
         same = dict(zip(COCO_NAMES, COCO_NAMES, strict=True))
-        lines = [f"{name}: {(NAMES_ELSEWHERE | same).get(name, 'none')}" for name in sorted(names)]
+        lines = [f"{name}: {(NAMES_ELSEWHERE | same).get(name.lower(), 'none')}" for name in sorted(names)]
         return {}, (f"classes: {source} has classes that are not listed: {', '.join(unlisted)}; say what each of its "
                     f"classes is in our words (none ignores one), as in classes: {{{', '.join(lines)}}}")
     return {name: None if ours[name] == "none" else COCO_NAMES.index(ours[name]) for name in names}, None

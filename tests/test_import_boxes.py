@@ -173,9 +173,9 @@ def first_box(content):
      "frame car.jpg: 10.0 s, in a clip of 2.4 s"),
     ("scalabel", broken(write_scalabel, lambda c: c.update(frames=[])), "none of the clips in"),
     ("coco", broken(write_coco, lambda c: c["annotations"][0].update(category_id=99)), "is not coco: 99 is missing"),
-    ("coco", broken(write_coco, lambda c: c["categories"][1].update(name="lorry")),
-     "classes that are not listed: lorry; say what each of its classes is in our words (none ignores one), as in "
-     "classes: {bike: bicycle, lorry: none, pedestrian: person, traffic sign: none}"),
+    ("coco", broken(write_coco, lambda c: c["categories"][1].update(name="Truck")),
+     "classes that are not listed: Truck; say what each of its classes is in our words (none ignores one), as in "
+     "classes: {Truck: truck, bike: bicycle, pedestrian: person, traffic sign: none}"),
 ])
 def test_what_is_wrong_with_labels_is_said_and_nothing_is_written(form, make, words, run, tmp_path, capsys):
     with pytest.raises(ConfigError):
