@@ -21,7 +21,6 @@ import copy
 import ctypes
 import gc
 import json
-import os
 import platform
 import tempfile
 import time
@@ -35,7 +34,7 @@ from dataset import MODES, encode_prompt
 from model import DTYPES, DriveVLM, VisionTower
 from stage3.grpo import Group, completion_logps, grpo_loss, load_reference, reference_policy
 from stage3.rollout import sample_groups
-from training.common import stable_seed
+from training.common import cpu_count, stable_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("rollout", "scoring", "training")
@@ -260,7 +259,7 @@ def parse_args(argv=None):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                         help="recompute activations in the backward pass, in both arms")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True,

@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 
 from demo.grammar import copilot_caption, microscope_caption, raw_caption
-from training.common import run_main, write_json
+from training.common import cpu_count, run_main, write_json
 
 WIDTH, HEIGHT, FRAMES, FPS = 320, 180, 24, 6
 # COCO's names and ids, so that the same code and tables serve this world and real clips.
@@ -663,7 +663,7 @@ def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
         old.unlink()
     work = partial(make_one, seed=seed, held_out=held_out_names(num_clips), folder=videos)
     rows, raws, truth = [], [], {}
-    workers = workers or min(len(os.sched_getaffinity(0)), 8)
+    workers = workers or min(cpu_count(), 8)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes that start now: Ctrl-C is this one's
     drawn = pool.map(work, range(num_clips), chunksize=4)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from training import config as configs
-from training.common import ConfigError, load_config, run_main
+from training.common import ConfigError, cpu_count, load_config, run_main
 from training.config import Stage1Config, Stage2Config, TrainKeys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,6 +262,13 @@ def test_every_program_is_listed_here():
     programs = {cls for cls in vars(configs).values() if isinstance(cls, type) and issubclass(cls, configs.Config)
                 and cls.__name__.endswith("Config")} - {configs.Config}
     assert programs == {cls for cls, _ in PROGRAMS.values()}
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch):
+    assert cpu_count() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert cpu_count() == 12
 
 
 def test_the_check_of_a_data_set_does_not_wait_for_peft():

@@ -357,6 +357,11 @@ def file_sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cpu_count() -> int:
+    """Cores that this process may use; all of the machine's where the system cannot say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def content_sha256(path) -> str:
     """The hash of a file, or of all files in a folder with their names."""
     if Path(path).is_file():

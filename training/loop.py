@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import signal
+import sys
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +42,7 @@ from dataset import (
     video_reader_problems,
 )
 from model import ModelError, base_model_problem, read_checkpoint, read_clips
-from training.common import StopRun, TrainingError, fail, is_other_base, process_rank, stable_seed
+from training.common import StopRun, TrainingError, cpu_count, fail, is_other_base, process_rank, stable_seed
 from training.run_folder import checkpoint_step, writing
 
 PANELS = {  # curves.png of stages 1 and 2
@@ -175,7 +176,7 @@ def start_accelerator(timeout_hours: float = 0.5) -> Accelerator:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers are forked
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes_here > 1:  # processes with more threads than they have cores slow each other down
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+        torch.set_num_threads(max(1, cpu_count() // processes_here))
     timeout = InitProcessGroupKwargs(timeout=timedelta(hours=timeout_hours))
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
 
@@ -506,7 +507,8 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory in GB: of the GPU, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def clock(seconds: float) -> str:
