@@ -45,7 +45,7 @@ BDD_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}")  # a BDD100K clip
 BDD_SECONDS = (30, 50)  # such a clip lasts about 40 s
 SAME_PICTURE = 12.0  # mean difference of grey levels up to which two thumbnails show the same scene
 LONG_TEXT = 60  # words from which equal captions of two clips cannot be chance
-SAME_SHORT_TEXTS = 0.05  # share of the held-out entries up to which equal short captions are taken for chance
+SAME_SHORT_TEXTS = 0.05  # short captions shared with training clips are chance up to this share of held-out entries
 LIKELY_CONTROL = re.compile(r"<\|\w+\|>|</?think>|<video>|<image>")  # control tokens of other tokenizers
 LABEL_CHUNK = 64  # entries that a worker process checks at once
 
@@ -373,7 +373,7 @@ def same_picture(one: dict, other: dict) -> bool:
 
 def check_text_leaks(rows: list[Row], found: Findings) -> None:
     """Find captions that appear on both sides of the split: long ones, and short ones where they are many."""
-    trained, short = {}, []  # {captions, whatever their case and white space: (row, entry)}
+    trained, short = {}, []  # {captions: the first (row, entry) that trains on them}, (where, message)
     for row, entry in entries_of(rows):
         if not row.held_out:
             trained.setdefault(plain_texts(entry), (row, entry))
@@ -570,9 +570,9 @@ def check_clips(clips: dict[str, list[Row]], inputs: Inputs, config, found: Find
         found.add("error", "cache_not_written", f"{len(unwritten):,} clips", f"{config.frame_cache}: {unwritten[0]}")
     sizes = Counter((f["width"], f["height"]) for f in facts.values())
     for (width, height), number in sizes.most_common():
-        if min(width, height) >= config.small_side:
-            continue
-        found.add("warning", "small_video", f"{number:,} clips", f"{width}x{height}, small_side is {config.small_side}")
+        if min(width, height) < config.small_side:
+            message = f"{width}x{height}, small_side is {config.small_side}"
+            found.add("warning", "small_video", f"{number:,} clips", message)
     return facts
 
 
@@ -607,11 +607,12 @@ def check_clip(path: Path, config, image_size: int | None) -> dict:
 
 
 def fill_cache(path: Path, config, image_size: int) -> str | None:
-    """Store a clip's frames for training; returns why they could not be written."""
+    """Store a clip's frames for training; returns why they could not be written, None where they were."""
     try:
         dataset.cached_frames(path, config.num_frames, image_size, config.frame_cache, must_write=True)
     except OSError as error:
         return error.strerror or str(error)
+    return None
 
 
 def clip_warnings(clip: str, facts: dict, config) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ when `dtype` is bfloat16. They stay float32 where a stage freezes them, so that 
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -588,9 +589,7 @@ class DriveVLM(nn.Module):
             config.inference_mode = False
             config.base_model_name_or_path = None  # PEFT fills in the current path; an old one would cause a warning
             self._wrap_lora(config, seed=0)
-        except ModelError:
-            raise
-        except Exception as error:  # PEFT raises all kinds on a damaged file, re.error and NotImplementedError too
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, re.error) as error:  # of PEFT
             raise ModelError(f"{folder}: adapter_config.json: {_first_line(error)}") from error
         expected = {name: tensor.shape for name, tensor in self.adapter_state().items()}
         problems = _shape_problems(folder / "adapter_model.safetensors", expected)

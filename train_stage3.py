@@ -92,7 +92,7 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     save = functools.partial(loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3,
                              failed_clips=failed_clips, init_from=config.init_from, reference_sha256=reference_hash)
 
-    # ---- the loop: step 0 only evaluates, the baseline before training; a branch counts its dead steps from 0
+    # ---- the loop: step 0 only evaluates, which gives the baseline. Resumed from a path, dead steps count from 0 again
     dead_steps, began = state.get("dead_steps", 0) if config.resume == "auto" else 0, time.perf_counter()
     for step in range(first_step, total_steps + 1):
         if step > first_step:

@@ -564,7 +564,7 @@ def write_video(path, frames):
     path = Path(path)
     partial_path = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with av.open(str(partial_path), "w") as container:
-        # mbtree=0: x264's lookahead makes other files of the same frames in one run than in the next
+        # mbtree=0: with it, x264 encodes the same frames differently from one run to the next
         options = {"crf": "18", "preset": "veryfast", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"

@@ -113,8 +113,9 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
                 salient.add(name)
         elif seen.confidence >= settings.absent_confidence:
             unknown.add(name)
-    known = set(settings.classes.values()) or set(COCO_NAMES)  # a detector cannot miss what it does not know,
-    unknown |= set(COCO_NAMES) - (set() if record.get("sparse") else known)  # nor labels of single moments anything
+    # Only what was looked for can be absent: the classes that the detector knows, all along the clip.
+    known = set(settings.classes.values()) or set(COCO_NAMES)
+    unknown |= set(COCO_NAMES) - (set() if record.get("sparse") else known)
     return Evidence(frozenset(present), frozenset(unknown), frozenset(salient), times)
 
 

@@ -38,8 +38,8 @@ from stage3.detect_objects import (
     our_class_ids,
 )
 
-OUTSIDE = 0.02  # share of the frame that a box may reach outside it, by rounding
-LONGEST_GAP = 0.15  # share of a clip without a labelled frame from which nothing can be said to be absent
+OUTSIDE = 0.02  # how far a box may reach outside the frame, as a share of its side: labels are rounded
+LONGEST_GAP = 0.15  # labels with a longer gap than this share of the clip may have missed something in between
 
 
 @dataclass

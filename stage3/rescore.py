@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from dataset import DataError, load_split
 from stage3.evidence import Evidence
-from stage3.grpo import group_advantages, has_variance
-from stage3.rollout import load_reward, score_text
+from stage3.grpo import has_variance
+from stage3.rollout import load_reward, score_text, step_advantages
 from training.common import DriveVLMError
 
 SHOWN = 5  # answers whose advantage changes most
@@ -43,13 +43,22 @@ def rescore(records: list[dict], references: dict[str, str], reward, config) -> 
             raise DriveVLMError(f"{config.data} has no caption of {record['id']} any more")
         total, _ = score_text(record["text"], evidence, record["mode"], reference, reward, config.reward_weights)
         scored.append(record | {"new_reward": total})
+    steps = defaultdict(list)
     for group in groups_of(scored):
-        rewards = torch.tensor([[record["new_reward"] for record in group]], dtype=torch.float64)  # [1, G]
-        scale = config.advantage_scale if config.advantage_scale != "batch" else "group"
-        advantages = group_advantages(rewards, scale, config.std_floor)[0].tolist()
-        for record, advantage in zip(group, advantages, strict=True):
+        steps[group[0]["step"]].append(group)
+    for groups in steps.values():
+        advantages = step_advantages(config, rewards_of(groups, "new_reward"), [group[0]["mode"] for group in groups])
+        for record, advantage in zip(itertools.chain(*groups), advantages.flatten().tolist(), strict=True):
             record["new_advantage"] = advantage
     return scored
+
+
+def rewards_of(groups: list[list[dict]], key: str) -> torch.Tensor:
+    """The groups' values of "reward" or "new_reward" [B, G]."""
+    rows = []
+    for group in groups:
+        rows.append([record[key] for record in group])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def groups_of(records: list[dict]) -> list[list[dict]]:
@@ -60,9 +69,9 @@ def groups_of(records: list[dict]) -> list[list[dict]]:
     return list(groups.values())
 
 
-def is_dead(group: list[dict], key: str) -> bool:
-    """True if all rewards of a group are equal: there is nothing to learn from it."""
-    return not has_variance(torch.tensor([[record[key] for record in group]], dtype=torch.float64)).item()
+def count_dead(groups: list[list[dict]], key: str) -> int:
+    """Groups whose rewards are all equal: there is nothing to learn from them."""
+    return int((~has_variance(rewards_of(groups, key))).sum())
 
 
 def compare(groups: list[list[dict]]) -> dict[str, float]:
@@ -81,8 +90,8 @@ def compare(groups: list[list[dict]]) -> dict[str, float]:
         "answers": len(answers), "groups": len(groups),
         "reward": sum(record["reward"] for record in answers) / len(answers),
         "new reward": sum(record["new_reward"] for record in answers) / len(answers),
-        "dead groups": sum(is_dead(group, "reward") for group in groups),
-        "new dead groups": sum(is_dead(group, "new_reward") for group in groups),
+        "dead groups": count_dead(groups, "reward"),
+        "new dead groups": count_dead(groups, "new_reward"),
         "pairs reversed": reversed_pairs / max(pairs, 1), "best answer changed": moved / len(groups),
         "advantage changes sign": turned / len(answers),
     }

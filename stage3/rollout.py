@@ -387,6 +387,18 @@ class StepTotals:
     weights: dict[str, float] = field(default_factory=dict)  # of the modes with live groups; their sum is 1
 
 
+def step_advantages(config, rewards, modes):
+    """Rewards of a step [B, G] and the mode of each group [B] -> advantages [B, G].
+
+    Each mode is taken by itself: the std that `advantage_scale: batch` divides by is not the same in all.
+    """
+    advantages = torch.empty_like(rewards)
+    for mode in dict.fromkeys(modes):
+        of_mode = [row for row, other in enumerate(modes) if other == mode]
+        advantages[of_mode] = group_advantages(rewards[of_mode], config.advantage_scale, config.std_floor)
+    return advantages
+
+
 def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotals:
     """Advantages of all answers of a step; `records` are those of all ranks in order, `rollouts` this rank's.
 
@@ -400,10 +412,7 @@ def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotal
     group = config.num_generations
     rewards = torch.tensor([record["reward"] for record in records], dtype=torch.float64).view(-1, group)  # [B, G]
     modes = [record["mode"] for record in records[::group]]  # [B]
-    advantages = torch.empty_like(rewards)
-    for mode in dict.fromkeys(modes):  # each by itself, as the std of a batch is not the same in both
-        of_mode = [row for row, other in enumerate(modes) if other == mode]
-        advantages[of_mode] = group_advantages(rewards[of_mode], config.advantage_scale, config.std_floor)
+    advantages = step_advantages(config, rewards, modes)
     passes = set()  # (mode, rank, number of the pass)
     for row, varied in enumerate(has_variance(rewards).tolist()):
         answers = records[row * group:(row + 1) * group]

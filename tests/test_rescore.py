@@ -78,6 +78,17 @@ def test_new_advantages_are_those_of_training(run):
     assert [row["new_advantage"] for row in scored[:3]] == expected and scored[0]["new_reward"] == 0.1
 
 
+def test_a_batch_is_all_groups_of_a_mode_in_one_step():
+    rows = records(1, 0, "copilot", [0.1, 0.2], ["a", "a b"]) + records(1, 1, "copilot", [0.1, 0.2], ["a", "a b c d"])
+    rows += records(2, 0, "copilot", [0.1, 0.2], ["a", "a b c d e f g"])
+    config = settings(0.0)
+    config.advantage_scale = "batch"
+    scored = rescore.rescore(rows, {"car#copilot": "A car."}, by_length, config)
+    first = group_advantages(torch.tensor([[0.1, 0.2], [0.1, 0.4]], dtype=torch.float64), "batch").flatten().tolist()
+    second = group_advantages(torch.tensor([[0.1, 0.7]], dtype=torch.float64), "batch").flatten().tolist()
+    assert [row["new_advantage"] for row in scored] == first + second
+
+
 def test_the_same_reward_changes_nothing(run, capsys):
     rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     config = settings(0.0)
