@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_stage1_ddp
 import train_stage2
-from dataset import load_entries, split_by_video
+from dataset import load_entries, read_frames, split_by_video
 from model import DriveVLM
 from training import loop
 from training.common import ConfigError, TrainingError, load_config, read_jsonl
@@ -354,6 +354,15 @@ def test_a_broken_clip_is_skipped_counted_named_and_never_replaced(tiny, tmp_pat
     assert "skipped clip 1 of 6" in log and broken in log and "skipped clip 2" not in log
     state = load_file(folder / "model" / "projector.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("augment, train, changed", [(True, True, True), (False, True, False), (True, False, False)])
+def test_only_training_clips_are_augmented_and_only_where_the_key_says_so(augment, train, changed, runs, tiny):
+    config = load_config(Stage2Config, flags(tiny, "unused", augment=augment))
+    entries = load_entries(tiny.data)
+    examples = loop.make_dataset(config, DriveVLM.from_checkpoint(runs.one), entries, train=train)
+    plain = torch.from_numpy(read_frames(tiny.videos / entries[0].video, 2, 96))
+    assert torch.equal(examples[0]["frames"], plain) != changed
 
 
 # ---- features of the frozen tower, made once -------------------------------------------------------------------------

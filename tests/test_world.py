@@ -45,12 +45,13 @@ def test_the_same_seed_gives_the_same_clip():
 
 
 def test_the_same_frames_give_the_same_file(tmp_path):
-    """Training is as reproducible as its clips; with x264's default settings every second of these files varies."""
-    for index in range(4):
-        frames = world.make_clip((42, index)).frames
-        for copy in range(6):
-            world.write_video(tmp_path / f"{copy}.mp4", frames)
-        assert len({(tmp_path / f"{copy}.mp4").read_bytes() for copy in range(6)}) == 1, f"clip {index}"
+    """Training is as reproducible as its clips; with x264's default settings most of these files vary now and then."""
+    clips, files = [world.make_clip((42, index)).frames for index in range(12)], []
+    for _ in range(4):
+        for index, frames in enumerate(clips):
+            world.write_video(tmp_path / f"{index}.mp4", frames)
+        files.append([(tmp_path / f"{index}.mp4").read_bytes() for index in range(len(clips))])
+    assert all(copy == files[0] for copy in files)
 
 
 @pytest.mark.parametrize("kind", world.KINDS)
