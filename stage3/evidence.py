@@ -4,13 +4,18 @@
 checked against. Nothing here runs a detector or reads a file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from stage3.vocabulary_config import COCO_NAMES, ROAD_CLASSES
 from training.config import DetectorSettings
 
 VEHICLE_BODIES = frozenset({"car", "truck", "bus"})  # detectors may give one vehicle two boxes with two of these names
+
+
+LIGHTS = ("red", "amber", "green")
+SIDES = ("left", "right", "unknown")
+MOTIONS = ("approaches", "recedes", "left to right", "right to left", "stands", "unknown")
 
 
 @dataclass(frozen=True)
@@ -20,26 +25,62 @@ class Evidence:
     present: classes that were surely seen. unknown: classes that were perhaps seen; naming them neither raises nor
     lowers the reward (a name in both sets is present). salient: the part of `present` that a good caption names
     (default: all of it). seen: class -> (first, last) time at which it was seen, as fractions of the clip, where known.
-    Raises ValueError for a name that COCO lacks, and for times that are not 0 <= first <= last <= 1.
+
+    What the detector knows of a class beyond that it is there; a class (or all, with None) that is missing is unknown:
+    counts: class -> most at one time, where the clip does not show more of them one after the other. sides: class ->
+    the sides ("left", "right") on which it enters, passes or leaves. colours: class -> colours of its vehicles.
+    motion: class -> its MOTIONS, across the picture and towards or from the camera. light: colours that the traffic
+    lights show, in the order of time. "unknown" among the values of a class means that there may be others than those
+    listed: without it, what is not listed is wrong.
+
+    Raises ValueError for a name that COCO lacks, for times that are not 0 <= first <= last <= 1, for a count below 1
+    and for sides, motions and lights that are none.
     """
 
     present: frozenset[str]
     unknown: frozenset[str] = frozenset()
     salient: frozenset[str] | None = None
     seen: Mapping[str, tuple[float, float]] | None = field(default=None, hash=False)
+    counts: Mapping[str, int] | None = field(default=None, hash=False)
+    sides: Mapping[str, Set[str]] | None = field(default=None, hash=False)
+    light: tuple[str, ...] | None = None
+    colours: Mapping[str, Set[str]] | None = field(default=None, hash=False)
+    motion: Mapping[str, Set[str]] | None = field(default=None, hash=False)
 
     def __post_init__(self):
         present = frozenset(self.present)
         salient = present if self.salient is None else frozenset(self.salient)
-        named = present | frozenset(self.unknown) | salient | frozenset(self.seen or ())
+        named = present | frozenset(self.unknown) | salient
+        for facts in (self.seen, self.counts, self.sides, self.colours, self.motion):
+            named |= frozenset(facts or ())
         if strange := sorted(map(str, named - frozenset(COCO_NAMES))):
             raise ValueError(f"evidence names classes that COCO does not have: {', '.join(strange)}")
         for name, (first, last) in (self.seen or {}).items():
             if not 0 <= first <= last <= 1:
                 raise ValueError(f"{name} was seen from {first} to {last}: not fractions of the clip, first to last")
+        for name, count in (self.counts or {}).items():
+            if count < 1:
+                raise ValueError(f"{name} is counted {count} times: leave out a class that is not there")
         object.__setattr__(self, "present", present)
         object.__setattr__(self, "unknown", frozenset(self.unknown) - present)
         object.__setattr__(self, "salient", salient & present)
+        self._check_values()
+
+    def _check_values(self):
+        """Values as sets (one string is one value), and `light` as a tuple; ValueError for one that is none."""
+        for key, known in (("sides", SIDES), ("colours", None), ("motion", MOTIONS)):
+            if (facts := getattr(self, key)) is None:
+                continue
+            values = {name: frozenset([value] if isinstance(value, str) else value) for name, value in facts.items()}
+            if known and (strange := sorted(frozenset().union(*values.values()) - set(known))):
+                raise ValueError(f"{key} {', '.join(strange)}: none of {', '.join(known)}")
+            object.__setattr__(self, key, values)
+        if self.light is not None:
+            light = (self.light,) if isinstance(self.light, str) else tuple(self.light)
+            light = tuple("amber" if colour == "yellow" else colour for colour in light)
+            if strange := sorted(set(light) - {*LIGHTS, "unknown"}):
+                raise ValueError(f"light {', '.join(strange)}: none of {', '.join(LIGHTS)}, unknown")
+            object.__setattr__(self, "light", light)
 
 
 @dataclass
@@ -120,6 +161,14 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
 
 
 def evidence_dict(evidence: Evidence) -> dict:
-    """Evidence as a JSON-serialisable dict."""
-    sets = {key: sorted(getattr(evidence, key)) for key in ("present", "unknown", "salient")}
-    return {**sets, "seen": {name: list(times) for name, times in (evidence.seen or {}).items()}}
+    """Evidence as a JSON-serialisable dict; `Evidence(**evidence_dict(evidence)) == evidence`."""
+    facts = {key: sorted(getattr(evidence, key)) for key in ("present", "unknown", "salient")}
+    facts["seen"] = {name: list(times) for name, times in (evidence.seen or {}).items()}
+    if evidence.counts is not None:
+        facts["counts"] = dict(evidence.counts)
+    if evidence.light is not None:
+        facts["light"] = list(evidence.light)
+    for key in ("sides", "colours", "motion"):
+        if (values := getattr(evidence, key)) is not None:
+            facts[key] = {name: sorted(value) for name, value in values.items()}
+    return facts
