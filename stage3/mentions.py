@@ -89,6 +89,7 @@ def _build_scene_index():
     return _index(facts)
 
 
+IRREGULAR_FORMS = frozenset(word for forms in vocab.IRREGULAR_VERBS.values() for word in forms.split())
 _OBJECT_TABLES = (vocab.COCO_NAMES, *vocab.SYNONYMS.values(), vocab.SEVERAL, vocab.ANY_OF, vocab.UNVERIFIABLE)
 
 LEXICON = _build_lexicon()
@@ -97,12 +98,26 @@ SINGULAR = frozenset(phrase.split()[-1] for table in _OBJECT_TABLES for phrase i
 GUARDED_FORMS = _all_plurals(vocab.GUARDED)
 HEADS = {word: _all_plurals(nouns.split()) for word, nouns in vocab.COMPOUND_HEADS.items()}
 VERB_OF = {form: base for base in vocab.DYNAMIC_VERBS for form in verb_forms(base)}
+EVENT_OF = {form: base for base in vocab.EVENT_VERBS for form in verb_forms(base)}
 ATTRIBUTE_OF = {word: category for category, words in vocab.ATTRIBUTES.items() for word in words.split()}
 SCENE_INDEX = _build_scene_index()
+SAME = {word: group.split()[0] for table in (vocab.SAME_ATTRIBUTE, vocab.SAME_VERB) for group in table
+        for word in group.split()}  # a word -> the word that stands for all that say the same
+SUBTYPE_WORDS = frozenset().union(*(_all_plurals(words.split()) for words in vocab.SUBTYPES.values()))
 CONNECTIVE_WORDS = frozenset(phrase for phrase in vocab.CONNECTIVES if " " not in phrase)
 CONNECTIVE_INDEX = _index(
     dict.fromkeys(vocab.CONNECTIVES, "connective") | dict.fromkeys(vocab.NOT_CONNECTIVES, "other"))
 NEGATOR_INDEX = _index(dict.fromkeys(vocab.NEGATORS, "negation") | dict.fromkeys(vocab.PSEUDO_NEGATIONS, "pseudo"))
+LIGHT_VERBS = frozenset(vocab.LIGHT_VERBS.split())
+VEHICLES = frozenset({"car", "truck", "bus", "motorcycle"})
+SIDE_KINDS = {"from": "from", "on": "side", "in": "side", "at": "side", "to": "to", "towards": "to", "toward": "to",
+              "into": "to"}
+BEFORE_SIDE = frozenset("the our its my his her their far near".split())
+MOTION_WORDS = {
+    "oncoming": "approaches", "approach": "approaches", "approaches": "approaches", "approaching": "approaches",
+    "recede": "recedes", "recedes": "recedes", "receding": "recedes", "cross": "crosses", "crosses": "crosses",
+    "crossing": "crosses", "crossed": "crosses", "parked": "stands", "stationary": "stands",
+}
 EXCEPTION_INDEX = _index(dict.fromkeys(vocab.EXCEPTIONS, "exception"))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,6 +145,36 @@ class Claim(NamedTuple):
     negated: bool
     first: int  # index of the first word
     last: int  # index of the last word
+    flat: bool = False  # a denial without limits: "no cars anywhere", not "no cars in the left lane"
+
+
+class Fact(NamedTuple):
+    """What a text says of a class that it names and that evidence can decide.
+
+    kind and value: "colour" (of a vehicle; "red|white" for either), "light" (red, amber, green), "count" (a number, 0
+    for several), "side" (left, right: where it is), "from" and "to" (left, right: where it comes from or goes),
+    "motion" ("approaches", "recedes", "crosses", "stands").
+    """
+
+    classes: tuple[str, ...]  # any one of them
+    kind: str
+    value: str | int
+    first: int  # index of the first word
+    last: int  # index of the last word
+
+
+class Statement(NamedTuple):
+    """A verb or an attribute and what it is said of, to be compared with what a reference caption says.
+
+    subject: classes, ("ego",) for the camera's own vehicle, or () where the text names nothing that we know. kind: a
+    key of vocab.ATTRIBUTES, "verb", "event" (vocab.EVENT_VERBS) or "subtype". value: the word, or the one in SAME that
+    stands for it.
+    """
+
+    subject: tuple[str, ...]
+    kind: str
+    value: str
+    word: int  # index
 
 
 @dataclass
@@ -175,6 +220,8 @@ class Caption(Reading):
     scenes: list[tuple[str, str] | None] = field(default_factory=list)  # (category, value) of the scene fact here
     connectives: list[str] = field(default_factory=list)  # the connective that begins here, or ""
     sentences: list[list[Clause]] = field(default_factory=list)
+    statements: list[Statement] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
 
     @property
     def clauses(self):
@@ -526,7 +573,19 @@ def read_text(text):
         i = last + 1
     denied = _denied_phrases(reading, {claim.first: claim.last for claim in claims})
     reading.claims = [claim._replace(negated=claim.first in denied) for claim in claims]
+    reading.claims = [claim._replace(flat=claim.negated and _is_flat(reading, claim)) for claim in reading.claims]
     return reading
+
+
+def _is_flat(reading, claim):
+    """A denial that nothing in its sentence limits to a time, a place or a kind."""
+    first, stop = claim.first, claim.last + 1
+    while first > 0 and reading.breaks[first] != STOP and claim.first - first < 12:
+        first -= 1
+    while stop < len(reading.words) and reading.breaks[stop] != STOP and stop - claim.last < 12:
+        stop += 1
+    around = reading.words[first:claim.first] + reading.words[claim.last + 1:stop]
+    return not any(word in vocab.DENIAL_LIMITS or word in ATTRIBUTE_OF or word in CONNECTIVE_WORDS for word in around)
 
 
 def names_object(claim):
@@ -552,7 +611,7 @@ def read_caption(text):
     caption = Caption(**vars(read_text(text)))
     inside_phrase = set()  # words of connectives and similar phrases that begin no clause
     for i, (word, role) in enumerate(zip(caption.words, caption.roles, strict=True)):
-        caption.verbs.append("" if role else VERB_OF.get(word, ""))
+        caption.verbs.append(VERB_OF[word] if not role and word in VERB_OF and _is_verb(caption, i) else "")
         caption.attributes.append("" if role else ATTRIBUTE_OF.get(word, ""))
         denied = i > 0 and caption.words[i - 1] in ("no", "not", "without")
         caption.scenes.append(None if denied else match_phrase(SCENE_INDEX, caption, i)[1])
@@ -566,7 +625,26 @@ def read_caption(text):
                 inside_phrase.update(range(i, i + length))  # "such as": nor does "as"
         caption.connectives.append(connective)
     caption.sentences = _split_sentences(caption, inside_phrase)
+    caption.statements = find_statements(caption)
+    caption.facts = find_facts(caption)
     return caption
+
+
+def _is_verb(reading, i):
+    """The form of a verb at word i is one: not "the flow of", "changes in", "appears to be", "the video starts"."""
+    word, before, after = reading.words[i], _word_before(reading, i), _word(reading, i + 1)
+    if word in ("appear", "appears", "appeared", "appearing") and after == "to":
+        return False
+    if before in vocab.VIDEO_WORDS or before in vocab.BE and _word(reading, i - 2) in vocab.VIDEO_WORDS:
+        return False
+    if word.endswith(("ing", "ed")) or word in IRREGULAR_FORMS:
+        return True
+    if before in vocab.DETERMINERS | vocab.NOUN_BEFORE or ATTRIBUTE_OF.get(before) in ("size", "colour"):
+        return False
+    if before == "lane" and VERB_OF[word] == "change" or after == "of":
+        return False
+    is_plural = word.endswith("s") and not (i and reading.roles[i - 1])  # "changes in", but "the car stops in"
+    return not (is_plural and after == "in")
 
 
 def _split_sentences(caption, inside_phrase):
@@ -587,3 +665,186 @@ def _split_sentences(caption, inside_phrase):
         verbs = [verb for verb in caption.verbs[first:stop] if verb]
         sentences[-1].append(Clause(first, stop, claims, "ego" in caption.roles[first:stop], verbs))
     return sentences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a caption says of the objects that it names
+
+
+def _subject_of(named, i):
+    """What the verb at word i is said of: the first thing that its clause names before it ("a car behind a truck
+    brakes"), else the first after it ("behind us follows a car"); None if the clause names nothing."""
+    if not named:
+        return None
+    return named[0][1] if named[0][0] < i else next((subject for first, subject in named if first > i), None)
+
+
+def find_statements(caption):
+    """Every verb, attribute and special kind in clauses that deny nothing -> list[Statement], in the order of the text.
+
+    A clause that names nothing speaks of what the clause before it in its sentence spoke of ("slows, then stops") or,
+    after "it" and "they", of what the sentence before did.
+    """
+    statements, subject = [], None
+    for clauses in caption.sentences:
+        if caption.words[clauses[0].first] not in vocab.CONTINUING:
+            subject = None
+        for clause in clauses:
+            own = [claim for claim in clause.claims if claim.kind == "object" and not claim.negated]
+            named = [(claim.first, claim.classes) for claim in clause.claims if not claim.negated]
+            if clause.ego:
+                named += [(i, ("ego",)) for i in clause.span if caption.roles[i] == "ego"]
+            named.sort()
+            verb_subject = None
+            for i in clause.span:
+                if kind := "verb" if caption.verbs[i] else "event" if _is_event(caption, i) else "":
+                    known = ("ego",) if _is_command(caption, clause, i) else _subject_of(named, i) or subject
+                    verb_subject = known or ()
+                    statements.append(Statement(verb_subject, kind, _verb_value(caption, i, verb_subject), i))
+                if own and caption.attributes[i]:
+                    value = SAME.get(caption.words[i], caption.words[i])
+                    statements.append(Statement(_nearest(own, i).classes, caption.attributes[i], value, i))
+            for claim in own:
+                statements += _subtypes(caption, claim)
+            if clause.claims or clause.ego:
+                subject = verb_subject or _subject_of(named, clause.stop)
+    return statements
+
+
+def _is_command(caption, clause, i):
+    """Word i tells the driver what to do: ", stop", ". Yield to ..."."""
+    begins = i == clause.first and caption.breaks[i] >= COMMA
+    return begins and caption.words[i] == caption.verbs[i]
+
+
+def _is_event(caption, i):
+    return not caption.roles[i] and caption.words[i] in EVENT_OF and not caption.attributes[i]
+
+
+def _verb_value(caption, i, subject):
+    base = caption.verbs[i] or EVENT_OF[caption.words[i]]
+    if subject == ("traffic light",) and base in LIGHT_VERBS:
+        return "change"
+    return SAME.get(base, base)
+
+
+def _nearest(claims, i):
+    """The claim nearest to word i; one after it wins a tie ("the car behind a large truck")."""
+    return min(claims, key=lambda claim: claim.first - i if claim.first > i else i - claim.last + 0.5)
+
+
+def _subtypes(caption, claim):
+    """The statement that an object is of a special kind ("dump truck", "taxi"), if the text makes it."""
+    words = caption.words[claim.first:claim.last + 1]
+    marks = SUBTYPE_WORDS if len(words) == 1 else SUBTYPE_WORDS | vocab.SUBTYPE_MARKS
+    mark = next((word for word in words if word in marks), None)
+    return [Statement(claim.classes, "subtype", mark.rstrip("s"), claim.first)] if mark else []
+
+
+def find_facts(caption):
+    """What the text says of the objects that it names and evidence can decide -> list[Fact], in the order of the text.
+
+    Only plain statements count: what is denied, and what is waited for ("until the light turns green"), is no fact.
+    """
+    facts, light = [], None  # light: the sentence's last traffic light, for "it turns red, then green"
+    for clauses in caption.sentences:
+        if caption.words[clauses[0].first] not in vocab.CONTINUING:
+            light = None
+        for clause in clauses:
+            if caption.words[clause.first] == "until":
+                continue
+            named = [claim for claim in clause.claims if not claim.negated and claim.kind in ("object", "any")]
+            taken = set()  # words of noun phrases, which say nothing of other objects
+            for claim in named:
+                facts += _noun_phrase_facts(caption, claim, taken)
+            for claim in named or ([light] if light and not clause.ego else []):
+                if "traffic light" in claim.classes:
+                    light = claim
+                    facts += _light_facts(caption, clause, claim, taken)
+            if named:
+                facts += _predicate_facts(caption, clause, named, taken)
+    return sorted(facts, key=lambda fact: fact.first)
+
+
+def _noun_phrase_facts(caption, claim, taken):
+    """Facts of the words before an object's name: "two red cars", "an oncoming truck", "a green light"."""
+    facts, first, words = [], claim.first, caption.words
+    while first > 0 and claim.first - first < 6 and caption.breaks[first] < COMMA and not caption.roles[first - 1]:
+        word = words[first - 1]
+        joins = word == "and" and ATTRIBUTE_OF.get(words[first]) == "colour"
+        of = word == "of" and first > 1 and words[first - 2] in vocab.COUNTS
+        if word in vocab.FUNCTION_WORDS - vocab.NUMBERS and not joins and not of or caption.connectives[first - 1]:
+            break
+        first -= 1
+    phrase = range(first, claim.first)
+    taken.update(phrase)
+    colours = [i for i in phrase if words[i] in vocab.VEHICLE_COLOURS]
+    if "traffic light" in claim.classes:
+        facts += [_fact(claim, "light", _signal(words[i]), i) for i in colours if words[i] in vocab.COLOURS_OF_LIGHT]
+    elif colours and VEHICLES.issuperset(claim.classes):
+        value = "|".join(vocab.VEHICLE_COLOURS[words[i]] for i in colours)
+        facts.append(_fact(claim, "colour", value, colours[0], colours[-1]))
+    for i in phrase:
+        if words[i] in vocab.COUNTS and claim.kind == "object":
+            facts.append(_fact(claim, "count", vocab.COUNTS[words[i]], i))
+        elif words[i].isdigit() and claim.kind == "object" and 1 < int(words[i][:3]) < 100:
+            facts.append(_fact(claim, "count", int(words[i][:3]), i))
+        elif words[i] in MOTION_WORDS:
+            facts.append(_fact(claim, "motion", MOTION_WORDS[words[i]], i))
+    return facts
+
+
+def _light_facts(caption, clause, claim, taken):
+    """Colours that the clause gives to a traffic light: "the light turns green", "the signal is red, then green"."""
+    facts = []
+    for i in clause.span:
+        if caption.words[i] in vocab.COLOURS_OF_LIGHT and i not in taken and not caption.roles[i]:
+            noun = _word(caption, i + 1) if not _ends_clause(caption, i + 1) else ""
+            if noun in vocab.FUNCTION_WORDS or noun in ATTRIBUTE_OF or not noun or VERB_OF.get(noun):
+                taken.add(i)
+                facts.append(_fact(claim, "light", _signal(caption.words[i]), i))
+    return facts
+
+
+def _predicate_facts(caption, clause, named, taken):
+    """Facts of verbs and of "is": "the car is white", "crosses from the left", "waits on the right"."""
+    facts, words = [], caption.words
+    for i in clause.span:
+        before = [claim for claim in named if claim.last < i]
+        if not before:
+            continue
+        if words[i] in ("left", "right") and i not in taken:
+            if preposition := _direction(caption, i):
+                kind = SIDE_KINDS[words[preposition]]
+                facts.append(_fact(before[0] if kind == "from" else before[-1], kind, words[i], preposition, i))
+        elif words[i] in vocab.VEHICLE_COLOURS and i not in taken and words[i - 1] in vocab.BE:
+            if VEHICLES.issuperset(before[-1].classes) and _is_predicate(caption, i):
+                facts.append(_fact(before[-1], "colour", vocab.VEHICLE_COLOURS[words[i]], i))
+        elif words[i] in MOTION_WORDS and i not in taken and not caption.roles[i] and "ego" not in caption.roles[
+                clause.first:i]:
+            facts.append(_fact(before[0], "motion", MOTION_WORDS[words[i]], i))
+    return facts
+
+
+def _is_predicate(caption, i):
+    return _ends_clause(caption, i + 1) or caption.words[i + 1] in vocab.FUNCTION_WORDS
+
+
+def _direction(caption, i):
+    """Index of the preposition before "left" or "right" at word i: "from the left", "on our right", "in right lane"."""
+    for j in range(i - 1, max(-1, i - 4), -1):
+        if caption.breaks[j + 1] >= COMMA:
+            return None
+        if caption.words[j] in SIDE_KINDS:
+            return j
+        if caption.words[j] not in BEFORE_SIDE:
+            return None
+    return None
+
+
+def _signal(word):
+    return "amber" if word == "yellow" else word
+
+
+def _fact(claim, kind, value, first, last=None):
+    return Fact(claim.classes, kind, value, first, first if last is None else last)

@@ -249,6 +249,61 @@ SCENE = {
 }
 EXCLUSIVE = frozenset({"time", "weather", "surface"})  # two values of one of these contradict
 
+# Words that say the same of an object, so that a caption may use another one than the reference.
+SAME_ATTRIBUTE = (
+    "ahead front", "gray grey silver", "big large tall oversized huge", "small little compact tiny",
+    "parked stopped stationary halted waiting standing idle", "near nearby close adjacent beside alongside",
+    "distant distance background", "several many multiple numerous group", "opposite oncoming", "roadside curb side",
+    "pair two", "center centre middle", "slow steady", "dark black",
+)
+SAME_VERB = (
+    "brake slow decelerate stop halt wait yield pause creep", "accelerate speed start resume proceed",
+    "move go travel roll drive depart", "turn veer steer swerve weave", "merge join switch cut pull change make",
+    "pass overtake", "approach advance inch", "appear enter emerge arrive reach", "disappear exit leave",
+    "cross traverse walk jog run rush hurry", "ride cycle",
+)
+LIGHT_VERBS = "turn change switch transition go"  # of a traffic light these all say that its colour changes
+
+# Verbs of events that a driver must not be told of in vain, beside the verbs of motion: forms are made as for those.
+EVENT_VERBS = tuple("crash collide hit strike smash explode burn fall flip overturn skid spin jump fly land chase "
+                    "fight attack shoot slip stumble wave dance block honk hover hang leap".split())
+
+# Words for a special kind of a class; the class itself and "man", "bike" or "lorry" say nothing more than the class.
+SUBTYPES = {
+    "car": "sedan suv hatchback coupe convertible wagon crossover limousine taxi taxicab cab jeep cruiser",
+    "truck": "semi trailer wheeler tanker mixer flatbed", "bus": "minibus coach decker shuttle",
+    "person": "child children schoolchild kid boy girl teenager toddler baby jogger runner worker workers policeman "
+              "policewoman officer guard flagger firefighter tourist student jaywalker",
+}
+# The word before the class's name that makes it a special kind: "police car", "dump truck", "school bus".
+SUBTYPE_MARKS = frozenset("police patrol squad sports compact utility box dump garbage trash delivery cargo tow cement "
+                          "freight moving food school city transit".split())
+
+# Colours of vehicles as the evidence names them, and pairs that cameras confuse: neither proves the other wrong.
+VEHICLE_COLOURS = {
+    "red": "red", "maroon": "red", "blue": "blue", "green": "green", "white": "white", "black": "black",
+    "grey": "grey", "gray": "grey", "silver": "grey", "yellow": "yellow", "gold": "yellow", "golden": "yellow",
+    "orange": "orange", "brown": "brown", "beige": "brown", "tan": "brown", "purple": "purple", "pink": "pink",
+}
+SIMILAR_COLOURS = frozenset(map(frozenset, (
+    ("grey", "white"), ("grey", "black"), ("grey", "blue"), ("black", "blue"), ("black", "brown"), ("black", "green"),
+    ("red", "orange"), ("red", "brown"), ("red", "pink"), ("orange", "yellow"), ("orange", "brown"),
+    ("yellow", "brown"), ("yellow", "white"), ("white", "brown"), ("purple", "blue"), ("purple", "red"),
+    ("purple", "pink"), ("grey", "brown"), ("grey", "green"),
+)))
+COUNTS = {word: number for number, word in enumerate("two three four five six seven eight nine ten".split(), start=2)}
+COUNTS |= {"pair": 2, "couple": 2} | dict.fromkeys("several many multiple numerous group crowd dozen".split(), 0)
+
+# A denial with one of these says more than that the class is nowhere: "no cars in the left lane", "no other trucks".
+DENIAL_LIMITS = frozenset("other further additional else more longer yet anymore now immediate immediately direct "
+                          "another crossing turning approaching passing coming following blocking lane lanes sidewalk "
+                          "crosswalk intersection path way front side at near from".split())
+
+# An answer that says these instead of what it sees.
+HEDGES = frozenset("possibly perhaps maybe probably presumably apparently seemingly might potentially likely".split())
+# What a video does is no event on the road: "the video starts", "the scene changes".
+VIDEO_WORDS = frozenset("video clip footage scene view camera frame image recording sequence perspective".split())
+
 # Verbs of motion and change, in the base form (mentions.py makes the others). Verbs about the video (show, depict,
 # indicate, suggest, capture) are left out: they say nothing about the road.
 DYNAMIC_VERBS = tuple("accelerate advance appear approach arrive board brake change clear creep cross cut "
@@ -262,6 +317,8 @@ IRREGULAR_VERBS = {
 }
 DOUBLED = frozenset("cut jog run step stop".split())  # "stopping", "stopped"
 NO_BARE_FORM = frozenset("make go leave clear change speed cycle".split())  # too often a noun, adjective or filler
+# After these a bare form is a noun: "heavy traffic flow", "in reverse", "a slow turn".
+NOUN_BEFORE = frozenset("in of with for by at from traffic full sharp slow slight gradual sudden brief next".split())
 NOT_VERBS = frozenset("left made clears clearing cleared makes making cycles".split())  # usually not a verb here
 
 CONNECTIVES = (
@@ -337,4 +394,4 @@ COLOURS_OF_LIGHT = frozenset("red green yellow amber".split())
 # Words that may come between "light" and its colour.
 CHANGING = frozenset("turn turns turned turning change changes changed changing switch switches switched "
                      "switching go goes went going is was becomes became stays stayed remains remained shows "
-                     "showing showed still to just now ahead then soon".split())
+                     "showing showed still from to just now ahead then soon".split())
