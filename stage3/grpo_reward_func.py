@@ -7,9 +7,10 @@ holds, in this order, the settings, the reward and its four parts, the check of 
 keep degenerate text from scoring. docs/reward.md explains the formulas and the known limits.
 """
 
+import functools
 import re
-from dataclasses import dataclass
-from itertools import pairwise, permutations
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise, permutations
 
 from stage3 import vocabulary_config as vocab
 from stage3.evidence import Evidence
@@ -18,11 +19,11 @@ from stage3.mentions import (
     CONNECTIVE_WORDS,
     STOP,
     VERB_OF,
+    WORD,
     Mention,
     find_mentions,
     names_object,
     read_caption,
-    read_text,
 )
 
 __all__ = ["MODE_REWARDS", "PARTS", "REWARD_WEIGHTS", "Evidence", "ModeReward", "Reward", "find_mentions",
@@ -43,9 +44,7 @@ class ModeReward:
     attribute_scores: tuple[float, ...]  # score of a class for 0, 1, 2, ... kinds of attribute
     scene_target: int  # kinds of scene fact
     scene_weight: float  # share of scene facts in R_detail
-    telegraphic: bool  # clauses may lack function words, and one that begins with a bare verb is about the driver
-    sentence_weight: float  # the language gate is the better of sentence_weight x sentence grammar
-    telegram_weight: float  # and telegram_weight x telegram grammar
+    telegraphic: bool  # a clause that begins with a bare verb is about the driver ("slow down")
     free_stale_share: float  # share of words in sentences that say nothing new, up to which they cost nothing
     lone_words: int  # number of single words between commas that make a pile
 
@@ -55,14 +54,14 @@ MODE_REWARDS = {  # a further mode needs one entry here, and nothing else in thi
         length_window=(8, 32, 500, 900),  # 300 real reports: 142 to 667 words, 95% under 482
         verb_target=4, connective_target=3, clauses_count_as_connectives=False,
         attribute_scores=(0.0, 0.7, 1.0), scene_target=3, scene_weight=0.4,
-        telegraphic=False, sentence_weight=1.0, telegram_weight=0.5,
+        telegraphic=False,
         free_stale_share=0.45, lone_words=3,  # stale words in real reports: median 21%, 95th percentile 41%
     ),
     "copilot": ModeReward(
         length_window=(1, 4, 20, 70),  # 300 toy lines: 12 to 27 words, median 16
         verb_target=2, connective_target=1, clauses_count_as_connectives=True,
         attribute_scores=(0.0, 1.0), scene_target=1, scene_weight=0.2,
-        telegraphic=True, sentence_weight=0.0, telegram_weight=1.0,
+        telegraphic=True,
         free_stale_share=0.3, lone_words=4,
     ),
 }
@@ -71,12 +70,23 @@ MODE_REWARDS = {  # a further mode needs one entry here, and nothing else in thi
 CRITICAL_ERROR_FACTOR = 0.3  # x R_hall if an error is about a safety-critical class
 NO_CLAIM_SCORE = 0.5  # R_hall of a caption that claims nothing: no error, but no help either
 UNCONFIRMED_ERROR = 0.5  # "ambulance" where a truck is present, as a fraction of an error
+CONTRADICTED_ERROR = 0.5  # "red light" where it is green, as a fraction of an error
+UNSUPPORTED_PAY = 1 / 3  # of a verb, attribute or scene fact that neither evidence nor the reference supports
+SCENE_ERROR_COST = 0.5  # R_detail loses this share for each kind of scene fact that contradicts the reference
+IDLE_COST = 0.5  # style loses this x the share of words that say nothing, beyond the reference's own share
+FREE_CONNECTIVES = 1.25  # x the reference's rate: more connectives than that lower R_temp
 VAGUE_RECALL = 0.5  # recall of a class that is only named by "vehicle" or "van"
 GROUNDING_FLOOR = 0.3  # grounding of a caption that is correct but has recall 0
 MAX_VERBS_PER_CLAUSE = 2  # so that a list of verbs is not worth more than a sentence
 MAX_CONNECTIVES_PER_SENTENCE = 2
 ORDER_COST = 0.6  # the order factor loses this if every pair of classes is in the wrong order
+MAX_STEP_CLASSES = 2  # a step with more classes lists them: the order counts where they are told of singly
 ORDER_MARGIN = 0.1  # of the clip: appearances that are closer count as simultaneous
+
+
+CROSSING = frozenset({"left to right", "right to left"})
+ACTIONS = frozenset({"verb", "event"})
+LOOKS_AND_PLACES = frozenset({*vocab.ATTRIBUTES, "subtype"})
 
 
 @dataclass(frozen=True)
@@ -93,28 +103,39 @@ class Reward:
 def physics_aware_reward(caption, evidence, mode, reference=None):
     """The reward of one caption -> Reward.
 
-    caption: text. evidence: Evidence of the clip. mode: a key of MODE_REWARDS. reference: the reference caption; if
-    given, only scene facts (night, rain) that it also states count. Its objects are not read.
+    caption: text. evidence: Evidence of the clip. mode: a key of MODE_REWARDS. reference: the reference caption; it
+    vouches for verbs, attributes and scene facts, never for an object. Without it, all that the evidence does not
+    contradict counts. A text of more than four times the mode's longest is scored 0 without being read.
     Raises ValueError for an unknown mode.
     """
     if mode not in MODE_REWARDS:
         raise ValueError(f"unknown mode {mode!r}: the modes are {', '.join(map(repr, MODE_REWARDS))}")
     settings = MODE_REWARDS[mode]
-    caption = read_caption(caption)
-    if not caption.words:
+    caption = read_caption(caption) if _is_readable(caption, settings) else None
+    if not caption or not caption.words:
         return Reward(0.0, 0.0, 0.0, 0.0, 0.0)
-    claimed = compare_claims(caption.claims, evidence)
+    verdicts = [judge_fact(fact, evidence) for fact in caption.facts]
+    claimed = compare_claims(caption, evidence, verdicts)
     mark_clauses(caption, claimed, evidence, settings)
+    said = reference_facts(reference) if reference is not None else None
+    support = find_support(caption, verdicts, evidence, said)
     new_share = new_words_share(caption)
     gate = caption_gate(caption, claimed, new_share, settings)
     style_gate = gate * length_gate(len(caption.words), new_share, settings)
+    style_gate *= idle_gate(caption, support, evidence, said)
     parts = {
         "objects": gate * objects_part(claimed, evidence),
-        "temporal": style_gate * temporal_part(caption, claimed, evidence, settings),
-        "detail": style_gate * detail_part(caption, claimed, evidence, settings, reference),
+        "temporal": style_gate * temporal_part(caption, claimed, evidence, support, said, settings),
+        "detail": style_gate * detail_part(caption, claimed, evidence, support, said, settings),
         "hallucination": gate * hallucination_part(claimed, evidence),
     }
     return Reward(**parts, total=sum(REWARD_WEIGHTS[name] * parts[name] for name in PARTS))
+
+
+def _is_readable(text, settings):
+    """The text is not so long that it cannot be an answer of the mode: 100 kB would take long to read."""
+    most = 4 * settings.length_window[3]
+    return sum(1 for _ in islice(WORD.finditer(text), most + 1)) <= most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +156,8 @@ def objects_part(claimed, evidence):
 def hallucination_part(claimed, evidence):
     """R_hall = 1 - errors / claims, reduced further if an error is about a safety-critical class.
 
-    errors: absent classes named + present classes denied + half of each special vehicle that no detector can confirm.
+    errors: absent classes named + present classes denied + half of each special vehicle that no detector can confirm
+    and of each claim about a class (its colour, side, number ..) that the evidence contradicts.
     Source: CHAIR_i, on sets.
     """
     claims = len(claimed.correct) + claimed.errors
@@ -144,28 +166,46 @@ def hallucination_part(claimed, evidence):
     share_correct = 1.0 - claimed.errors / claims
     wrong = claimed.invented | claimed.falsely_denied
     wrong_names = {name for names in wrong for name in names.split("|")}
-    return share_correct if wrong_names.isdisjoint(vocab.SAFETY_CRITICAL) else CRITICAL_ERROR_FACTOR * share_correct
+    wrong_light = (("traffic light",), "light") in claimed.contradicted
+    critical = wrong_light or not wrong_names.isdisjoint(vocab.SAFETY_CRITICAL)
+    return CRITICAL_ERROR_FACTOR * share_correct if critical else share_correct
 
 
-def temporal_part(caption, claimed, evidence, settings):
-    """R_temp = grounding x order x mean of (verbs / target, connectives / target), each at most 1."""
-    verbs = min(1.0, _count_verbs(caption, evidence, settings) / settings.verb_target)
+def temporal_part(caption, claimed, evidence, support, said, settings):
+    """R_temp = grounding x order x supported x mean of (verbs / target, connectives / target), each at most 1.
+
+    supported: mean support of what the caption says that things do.
+    """
+    verbs = min(1.0, _paid_verbs(caption, evidence, support, settings) / settings.verb_target)
     connectives = min(1.0, _count_connectives(caption, settings) / settings.connective_target)
-    return claimed.grounding * order_factor(caption, evidence) * (0.5 * verbs + 0.5 * connectives)
+    restraint = _connective_restraint(caption, said) if said else 1.0
+    factor = claimed.grounding * order_factor(caption, evidence) * mean_support(caption, support, evidence, ACTIONS)
+    return factor * (0.5 * verbs + 0.5 * connectives * restraint)
 
 
-def _count_verbs(caption, evidence, settings):
-    """Distinct verbs of motion in true clauses. The camera's own motion gives at most half the target, unless nothing
-    else can be described."""
-    object_verbs, ego_verbs = set(), set()
+def _paid_verbs(caption, evidence, support, settings):
+    """Sum of the support of the distinct verbs of motion in true clauses. The camera's own motion gives at most half
+    the target, unless nothing else can be described."""
+    object_verbs, ego_verbs = {}, {}
+    support_at = {statement.word: value for statement, value in zip(caption.statements, support, strict=True)
+                  if statement.kind == "verb"}
     for clause in caption.clauses:
-        verbs = list(dict.fromkeys(clause.verbs))[:MAX_VERBS_PER_CLAUSE]
-        if clause.truth == "object":
-            object_verbs.update(verbs)
-        elif clause.truth == "ego":
-            ego_verbs.update(verbs)
+        verbs = object_verbs if clause.truth == "object" else ego_verbs if clause.truth == "ego" else {}
+        counted = set()
+        for i in clause.span:
+            verb = caption.verbs[i]
+            if verb and (verb in counted or len(counted) < MAX_VERBS_PER_CLAUSE):
+                counted.add(verb)
+                verbs[verb] = max(verbs.get(verb, 0.0), support_at[i])
     ego_limit = settings.verb_target / 2 if evidence.salient else settings.verb_target
-    return len(object_verbs) + min(len(ego_verbs - object_verbs), ego_limit)
+    ego = sum(value for verb, value in ego_verbs.items() if verb not in object_verbs)
+    return sum(object_verbs.values()) + min(ego, ego_limit)
+
+
+def _connective_restraint(caption, said):
+    """Below 1 for a caption that has a connective in many more places than the reference."""
+    rate = sum(map(bool, caption.connectives)) / len(caption.words)
+    return min(1.0, FREE_CONNECTIVES * said.connective_rate / rate) if rate else 1.0
 
 
 def _count_connectives(caption, settings):
@@ -193,11 +233,12 @@ def order_factor(caption, evidence):
     """
     if not evidence.seen:
         return 1.0
-    step_of = {}  # class -> number of the step that first names it
+    step_of, listed = {}, {}  # class -> number of the first step that tells of it, or only lists it
     for number, names in enumerate(_narrated_steps(caption)):
+        names = [name for name in names if name in evidence.present and name in evidence.seen]
         for name in names:
-            if name in evidence.present and name in evidence.seen:
-                step_of.setdefault(name, number)
+            (step_of if len(set(names)) <= MAX_STEP_CLASSES else listed).setdefault(name, number)
+    step_of = listed | step_of
     right = wrong = 0
     for a, b in permutations(step_of, 2):
         if step_of[a] < step_of[b]:
@@ -237,38 +278,62 @@ def _narrated_steps(caption):
     return all_steps
 
 
-def detail_part(caption, claimed, evidence, settings, reference):
-    """R_detail = grounding x ((1 - w) described + w scene), w = scene_weight.
+def detail_part(caption, claimed, evidence, support, said, settings):
+    """R_detail = grounding x ((1 - w) described + w scene) x (1 - SCENE_ERROR_COST) ** wrong scene facts.
 
-    described: mean over the salient classes of attribute_scores[kinds of attribute]. scene: kinds of scene fact /
-    target, at most 1; with a reference caption only facts that it also states count.
+    w = scene_weight.
+    described: mean over the salient classes of attribute_scores[kinds of attribute, each x its support], x the mean
+    support of all attributes. scene: kinds of scene fact / target, at most 1; of those that the reference does not
+    state, a third.
     """
-    kinds, scores = _attribute_kinds(caption), settings.attribute_scores
-    described = [scores[min(len(kinds.get(name, ())), len(scores) - 1)] for name in evidence.salient or claimed.correct]
-    scene = scene_facts(caption)
-    if reference is not None:
-        stated = scene_facts(read_caption(reference))
-        scene = {kind: values & stated.get(kind, set()) for kind, values in scene.items()}
-    scene_kinds = sum(bool(values) for values in scene.values())
-    part = (1 - settings.scene_weight) * (sum(described) / len(described) if described else 1.0)
-    part += settings.scene_weight * min(1.0, scene_kinds / settings.scene_target)
-    return claimed.grounding * part
+    kinds = _attribute_kinds(caption, support)
+    described = [_attribute_score(kinds.get(name, {}), settings) for name in evidence.salient or claimed.correct]
+    described = sum(described) / len(described) if described else 1.0
+    scene, wrong = _paid_scene(caption, said)
+    part = (1 - settings.scene_weight) * described * mean_support(caption, support, evidence, LOOKS_AND_PLACES)
+    part += settings.scene_weight * min(1.0, scene / settings.scene_target)
+    return claimed.grounding * part * (1 - SCENE_ERROR_COST) ** wrong
 
 
-def _attribute_kinds(caption):
-    """class -> kinds of attribute (colour, size, state, position, number) next to its mentions in true clauses."""
+def _attribute_score(kinds, settings):
+    """attribute_scores at the sum of the supports of a class's kinds of attribute, linear between whole numbers."""
+    scores, total = settings.attribute_scores, sum(kinds.values())
+    whole = int(total)
+    if whole >= len(scores) - 1:
+        return scores[-1]
+    return scores[whole] + (total - whole) * (scores[whole + 1] - scores[whole])
+
+
+def _attribute_kinds(caption, support):
+    """class -> {kind of attribute (colour, size, state, position, number): its best support} in true clauses."""
+    support_at = {statement.word: (statement, value) for statement, value in zip(
+        caption.statements, support, strict=True) if statement.kind in vocab.ATTRIBUTES}
     kinds = {}
     for clause in caption.clauses:
-        named = [claim for claim in clause.claims if claim.kind == "object" and not claim.negated]
-        if clause.truth != "object" or not named:
-            continue
-        for i in clause.span:
-            if caption.attributes[i]:
-                # The nearest mention; a mention after the attribute wins a tie ("the car behind a large truck").
-                nearest = min(named, key=lambda c: c.first - i if c.first > i else i - c.last + 0.5)
-                for name in nearest.classes:
-                    kinds.setdefault(name, set()).add(caption.attributes[i])
+        for i in clause.span if clause.truth == "object" else ():
+            if i in support_at:
+                statement, value = support_at[i]
+                for name in statement.subject:
+                    known = kinds.setdefault(name, {})
+                    known[statement.kind] = max(known.get(statement.kind, 0.0), value)
     return kinds
+
+
+def _paid_scene(caption, said):
+    """(sum of the support of the kinds of scene fact stated, number of kinds that contradict the reference)."""
+    facts = scene_facts(caption)
+    if said is None:
+        return sum(map(bool, facts.values())), 0
+    pay, wrong = 0.0, 0
+    for kind, values in facts.items():
+        stated = said.scene.get(kind, set())
+        if values & stated:
+            pay += 1.0
+        elif stated and kind in vocab.EXCLUSIVE:
+            wrong += 1
+        else:
+            pay += UNSUPPORTED_PAY
+    return pay, wrong
 
 
 def scene_facts(caption):
@@ -290,13 +355,15 @@ class ClaimedClasses:
     correct: frozenset[str]  # named and present
     invented: frozenset[str]  # named and absent ("car|truck" for a word that either would satisfy)
     falsely_denied: frozenset[str]  # only denied, but present
+    contradicted: frozenset[tuple]  # (classes, kind) of the facts that the evidence contradicts
     unconfirmed: int  # special vehicles whose kind no detector can confirm
     true_denials: int  # classes only denied, and not present
     recall: float  # share of the salient classes that are named
 
     @property
     def errors(self):
-        return len(self.invented) + len(self.falsely_denied) + UNCONFIRMED_ERROR * self.unconfirmed
+        absolute = len(self.invented) + len(self.falsely_denied)
+        return absolute + UNCONFIRMED_ERROR * self.unconfirmed + CONTRADICTED_ERROR * len(self.contradicted)
 
     @property
     def precision(self):
@@ -318,14 +385,70 @@ def _verdict(claim, evidence):
     return "unsupported" if evidence.unknown.isdisjoint(claim.classes) else "unknown"
 
 
-def compare_claims(claims, evidence):
-    """ClaimedClasses of a caption's claims. A class that is named as present anywhere is not denied."""
-    named, denied, invented, unconfirmed, vague = set(), set(), set(), set(), []
-    for claim in claims:
+def judge_fact(fact, evidence):
+    """ "supported", "contradicted" or "unknown": what the evidence says of a Fact about classes that are present."""
+    verdicts = {_judge(fact, name, evidence) for name in fact.classes if name in evidence.present}
+    return "supported" if "supported" in verdicts else "contradicted" if verdicts == {"contradicted"} else "unknown"
+
+
+def _judge(fact, name, evidence):
+    """`judge_fact` for one class."""
+    kind, value = fact.kind, fact.value
+    if kind == "count":
+        return _judge_count(value, (evidence.counts or {}).get(name))
+    if kind == "light":
+        return _judge_set({value}, set(evidence.light or ())) if name == "traffic light" else "unknown"
+    if kind == "colour":
+        seen, values = set((evidence.colours or {}).get(name, ())), set(value.split("|"))
+        similar = any(frozenset((a, b)) in vocab.SIMILAR_COLOURS for a in values for b in seen)
+        return "unknown" if similar and not values & seen else _judge_set(values, seen)
+    moves, sides = set((evidence.motion or {}).get(name, ())), set((evidence.sides or {}).get(name, ()))
+    if kind in ("from", "to"):
+        way = "left to right" if (kind, value) in (("from", "left"), ("to", "right")) else "right to left"
+        across = moves & CROSSING
+        if across:
+            return _judge_set({way}, across | moves & {"unknown"})
+        return _judge_set({value}, sides)
+    if kind == "side":
+        return _judge_set({value}, sides)
+    if value == "crosses":
+        return _judge_set(CROSSING, moves)
+    if value == "stands":  # what stands for a while may move before and after
+        return "supported" if "stands" in moves else "unknown"
+    opposite = {"approaches": "recedes", "recedes": "approaches"}[value]
+    return _judge_set({value}, moves) if moves & {value, opposite} else "unknown"
+
+
+def _judge_set(values, seen):
+    """Any of `values` is among those seen; "unknown" among them stands for others that there may be."""
+    if values & seen:
+        return "supported"
+    return "contradicted" if seen and "unknown" not in seen else "unknown"
+
+
+def _judge_count(value, count):
+    """value: the number that the text gives, 0 for several; count: most at one time, or None."""
+    if count is None:
+        return "unknown"
+    if value == 0:
+        return "supported" if count >= 3 else "contradicted" if count == 1 else "unknown"
+    return "supported" if value == count else "contradicted" if value > count else "unknown"  # two of three
+
+
+def compare_claims(caption, evidence, verdicts):
+    """ClaimedClasses of a caption; `verdicts` are those of its facts. A class that is named as present anywhere is not
+    denied, unless the denial is flat ("no truck anywhere")."""
+    named, denied, flatly, singly = set(), set(), set(), set()
+    invented, unconfirmed, vague = set(), set(), []
+    for claim in caption.claims:
         verdict = _verdict(claim, evidence)
         if claim.kind == "object":
             names = denied if claim.negated else named
             names.update(claim.classes)
+            if claim.flat:
+                flatly.update(claim.classes)
+            elif not claim.negated and len(claim.classes) == 1:
+                singly.update(claim.classes)
         elif claim.negated or claim.kind == "any" and verdict == "supported":
             vague.append(claim)
         elif verdict == "unsupported":
@@ -341,10 +464,12 @@ def compare_claims(claims, evidence):
             denied.add(first_present)
         elif first_present in evidence.salient and covered.keys().isdisjoint(claim.classes):
             covered[first_present] = VAGUE_RECALL
-    denied -= named | {None}
+    denied -= named - (flatly & singly) | {None}  # "no pedestrians" beside a cyclist is no contradiction
+    contradicted = [fact for fact, verdict in zip(caption.facts, verdicts, strict=True) if verdict == "contradicted"]
     return ClaimedClasses(
         correct=frozenset(named & evidence.present),
         invented=frozenset(invented | named - evidence.present - evidence.unknown),
+        contradicted=frozenset((fact.classes, fact.kind) for fact in contradicted),
         falsely_denied=frozenset(denied & evidence.present),
         unconfirmed=len(unconfirmed),
         true_denials=len(denied - evidence.present),
@@ -391,11 +516,11 @@ def label_mentions(text, evidence):
     "unknown", or "negated" (a denial; "unsupported" if the class is present and the text names it nowhere). The object
     of a word that several classes satisfy ("van") is its classes joined by "|".
     """
-    reading = read_text(text)
-    claimed = compare_claims(reading.claims, evidence)
+    caption = read_caption(text)
+    claimed = compare_claims(caption, evidence, ["unknown"] * len(caption.facts))
     labels = []
-    for claim in reading.claims:
-        start, end = reading.starts[claim.first], reading.ends[claim.last]
+    for claim in caption.claims:
+        start, end = caption.starts[claim.first], caption.ends[claim.last]
         groups = [(name,) for name in claim.classes] if names_object(claim) else [claim.classes]
         for classes in groups:
             verdict = _verdict(claim._replace(classes=classes), evidence)
@@ -405,6 +530,104 @@ def label_mentions(text, evidence):
     return labels
 
 
+def label_facts(text, evidence):
+    """What a report colours beside the mentions: list[(what, verdict, start, end)], in the order of the text.
+
+    what: "car colour red", text[start:end] the words that say so. verdict: as `judge_fact` gives it; facts about
+    classes that are not present are left out, as the mention is what is wrong.
+    """
+    caption, labels = read_caption(text), []
+    for fact in caption.facts:
+        if not evidence.present.isdisjoint(fact.classes):
+            value = (fact.value or "several") if fact.kind == "count" else fact.value
+            labels.append((f"{'|'.join(fact.classes)} {fact.kind} {value}", judge_fact(fact, evidence),
+                           caption.starts[fact.first], caption.ends[fact.last]))
+    return labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the evidence and the reference support
+
+
+@dataclass(frozen=True)
+class ReferenceFacts:
+    """What a reference caption says."""
+
+    statements: frozenset[tuple[str, str, str]]  # (class, "ego" or "" for an unknown subject; kind; value)
+    scene: dict[str, set[str]]
+    idle_share: float  # of its words are in clauses that say nothing
+    connective_rate: float  # connectives per word
+
+
+@functools.lru_cache(maxsize=1024)
+def reference_facts(text):
+    """ReferenceFacts of a caption; kept, as a clip's answers share their reference."""
+    caption, statements = read_caption(text), set()
+    for statement in caption.statements:
+        statements.update((name, statement.kind, statement.value) for name in statement.subject or ("",))
+    said = ReferenceFacts(frozenset(statements), scene_facts(caption), 0.0,
+                          sum(map(bool, caption.connectives)) / max(1, len(caption.words)))
+    return replace(said, idle_share=_idle_share(caption, [1.0] * len(caption.statements), None, said))
+
+
+def find_support(caption, verdicts, evidence, said):
+    """Support of each of the caption's statements: 1 where the evidence or the reference says the same of the same
+    class, 0 where the evidence contradicts it, UNSUPPORTED_PAY between; 0 for an event (a crash) that is not supported.
+
+    said: ReferenceFacts, or None: then all that is not contradicted is supported.
+    """
+    verdict_at = {}
+    for fact, verdict in zip(caption.facts, verdicts, strict=True):
+        if verdict == "supported" and fact.value == "approaches" and said is not None:
+            continue  # what we pass grows too: that a thing comes towards us is left to the reference
+        for i in range(fact.first, fact.last + 1):
+            verdict_at[i] = verdict
+    support = []
+    for statement in caption.statements:
+        verdict = verdict_at.get(statement.word, "unknown")
+        told = said is None or any((name, statement.kind, statement.value) in said.statements
+                                   for name in statement.subject or ("",))
+        if verdict == "unknown" and not told:
+            support.append(0.0 if statement.kind == "event" else UNSUPPORTED_PAY)
+        else:
+            support.append(0.0 if verdict == "contradicted" else 1.0)
+    return support
+
+
+def mean_support(caption, support, evidence, kinds):
+    """Mean support of the distinct statements of some kinds, without those about absent classes; 1 if there is none."""
+    seen = evidence.present | evidence.unknown | {"ego"}
+    best = {}
+    for statement, value in zip(caption.statements, support, strict=True):
+        if statement.kind in kinds and (not statement.subject or not seen.isdisjoint(statement.subject)):
+            key = statement[:3]
+            best[key] = min(best.get(key, 1.0), value)
+    return sum(best.values()) / len(best) if best else 1.0
+
+
+def idle_gate(caption, support, evidence, said):
+    """Factor of R_temp and R_detail: 1 unless more of the caption's words than of the reference's say nothing."""
+    if said is None:
+        return 1.0
+    return 1.0 - IDLE_COST * max(0.0, _idle_share(caption, support, evidence, said) - said.idle_share)
+
+
+def _idle_share(caption, support, evidence, said):
+    """Share of the words in clauses that say nothing which is seen (`evidence`; None: all is) or told by the reference.
+    A hedged clause counts half."""
+    supported = {statement.word for statement, value in zip(caption.statements, support, strict=True) if value == 1.0}
+    idle = 0.0
+    for clause in caption.clauses:
+        named = {name for claim in clause.claims for name in claim.classes}
+        says = named and (evidence is None or not named.isdisjoint(evidence.present | evidence.unknown))
+        says = says or any(claim.negated for claim in clause.claims) or any(i in supported for i in clause.span)
+        says = says or any(caption.scenes[i] and caption.scenes[i][1] in said.scene.get(caption.scenes[i][0], ())
+                           for i in clause.span)
+        hedged = not vocab.HEDGES.isdisjoint(caption.words[clause.first:clause.stop])
+        idle += len(clause.span) * (1.0 if not says else 0.5 if hedged else 0.0)
+    return idle / max(1, len(caption.words))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gates: is the text language, and does it say something? The parts above only count, so without gates lists of classes,
 # stuffed adjectives, repetition and padding would score. Each gate is in [0, 1], and 1 for honest captions.
@@ -412,19 +635,13 @@ def label_mentions(text, evidence):
 # _ramp rises from 0 to 1 between the two numbers of a pair. "Real": measured on 300 captions of BDD100K clips; "toy":
 # on 300 Copilot lines of the toy world. Numbers without a figure are set by hand, as above.
 
-FUNCTION_WORD_SHARE = (0.12, 0.25)  # real: 0.28 to 0.46
 BROKEN_PAIR_SHARE = (0.02, 0.06)  # real: at most 0.003; the same captions with shuffled words: 0.034 to 0.11
-TELEGRAM_SHARE = (0.35, 0.70)  # words in clauses that say something; toy: 0.92 to 0.96, keyword lists: under 0.24
 DISTINCT_RUN_SHARE = (0.30, 0.65)  # of runs of three words; real: 0.91 to 1
 ALL_STALE = 0.9  # share of stale words at which the cost is full; it begins at ModeReward.free_stale_share
 VARIETY_FLOOR = 0.3  # the variety gate if everything is repeated
 STALE_COST, MAX_PILE_COST, MAX_DENIAL_COST = 0.8, 0.8, 0.5  # the most that each of these gates takes away
 PILE_COST = 2.0  # per share of words in piles; real: 0 for 95%, at most 0.025
 FREE_DENIALS, DENIAL_COST = 3, 0.04  # true denials that are free (real: 1 at most in 99%), cost of each further one
-LONG_CLAUSE = 8  # words; a longer clause is no telegram; toy: at most 7
-LONG_CLAUSE_FUNCTION_WORDS = 0.2  # share from which a long clause may be a sentence instead
-COMMAND_WORDS, FREE_COMMANDS = 4, 2  # "slow down": the longest command to the driver, and how many count
-LONE_SCENE_CREDIT = 0.5  # words that a clause like "night" counts
 PILE_OF_LOOKS, PILE_OF_VERBS, PILE_OF_CONNECTIVES, PILE_OF_ADJECTIVES = 4, 3, 3, 6  # words in a row
 FREE_FRAGMENT = 2  # words of a telegraphic clause that may say nothing
 BARE_RUN, MIN_INFLECTED = 8, 2  # of so many words in a row without function words, so many are inflected in English
@@ -452,9 +669,8 @@ def length_gate(num_words, new_share, settings):
 
 
 def caption_gate(caption, claimed, new_share, settings):
-    """Factor of all four parts: language x variety x focus x no piles x no list of denials."""
-    language = max(settings.sentence_weight * _sentence_grammar(caption),
-                   settings.telegram_weight * _telegram_grammar(caption, settings))
+    """Factor of all four parts: word order x variety x focus x no piles x no list of denials."""
+    language = _word_order(caption)
     variety = VARIETY_FLOOR + (1 - VARIETY_FLOOR) * _variety(caption)
     focus = 1.0 - STALE_COST * _ramp(1.0 - new_share, settings.free_stale_share, ALL_STALE)
     piles = 1.0 - min(MAX_PILE_COST, PILE_COST * _stuffed_share(caption, settings))
@@ -478,47 +694,10 @@ def _is_broken(reading, i):
     return word in vocab.BE and roles[i + 1] == "object" and not (i and words[i - 1] in ("there", "it", "not"))
 
 
-def _sentence_grammar(caption):
-    """1 for running English, 0 for a list of words or for words in disorder."""
-    words = caption.words
-    function_words = sum(word in vocab.FUNCTION_WORDS and word not in CONNECTIVE_WORDS for word in words)
-    broken_pairs = sum(_is_broken(caption, i) for i in range(len(words)))
-    in_order = 1.0 - _ramp(broken_pairs / len(words), *BROKEN_PAIR_SHARE)
-    return _ramp(function_words / len(words), *FUNCTION_WORD_SHARE) * in_order
-
-
-def _is_sentence(caption, clause):
-    """A long clause reads like a sentence: enough function words, and no broken pair."""
-    function_words = sum(caption.words[i] in vocab.FUNCTION_WORDS for i in clause.span)
-    return function_words >= LONG_CLAUSE_FUNCTION_WORDS * len(clause.span) and not any(
-        _is_broken(caption, i) for i in clause.span)
-
-
-def _telegram_grammar(caption, settings):
-    """1 for telegraphic clauses ("car ahead brakes"), 0 for bare nouns and word salad.
-
-    Counts the words of clauses that say something about a thing, of scene facts ("at night") and of a few commands
-    to the driver ("slow down"); a scene fact alone ("night") counts half a word.
-    """
-    words, roles = caption.words, caption.roles
-    good, commands = 0.0, 0
-    for clause in caption.clauses:
-        span, length = clause.span, len(clause.span)
-        if length > LONG_CLAUSE and not (settings.telegraphic and _is_sentence(caption, clause)):
-            continue
-        thing = any(roles[i] or words[i] in PLACES for i in span)
-        scene = any(caption.scenes[i] for i in span)
-        predicate = clause.verbs or any(
-            caption.attributes[i] or words[i] in vocab.FUNCTION_WORDS and not roles[i] for i in span)
-        list_of_objects = any(b.first == a.last + 1 for a, b in pairwise(clause.claims))
-        if thing and predicate and not list_of_objects or scene and not thing and length > 1:
-            good += length
-        elif clause.verbs and not thing and length <= COMMAND_WORDS and commands < FREE_COMMANDS:
-            good += length
-            commands += 1
-        elif scene and not thing:
-            good += LONE_SCENE_CREDIT
-    return _ramp(good / len(words), *TELEGRAM_SHARE)
+def _word_order(caption):
+    """1 for English, 0 for words in disorder."""
+    broken_pairs = sum(_is_broken(caption, i) for i in range(len(caption.words)))
+    return 1.0 - _ramp(broken_pairs / len(caption.words), *BROKEN_PAIR_SHARE)
 
 
 def _variety(caption):
