@@ -3,8 +3,9 @@
     python -m demo.world --output_dir output/demo/world --num_clips 400 --seed 42
 
 writes `videos/*.mp4` (320x180, 24 frames, H.264), `captions.json` (Microscope and Copilot entries), `raw_captions.json`
-(one plain caption per clip) and `truth.json` (classes, order, times and boxes). In every clip, two or three events
-follow one another; each has its own time span, its own class of object, and a cause or a consequence.
+(one plain caption per clip) and `truth.json` (classes, order, times, boxes; numbers, sides, colours, motions and states
+of lights). In every clip, two or three events follow one another; each has its own time span, its own class of object,
+and a cause or a consequence.
 
 Some captions are wrong on purpose, like captions written by language models: in the training clips' Microscope entries,
 most clauses about a red light or a stop sign say that a pedestrian crosses, and most about a bus say that a car follows
@@ -98,6 +99,10 @@ class Script:
     def order(self):
         """The events' classes in the order of time; each is out of sight before the next appears."""
         return [event.name for event in self.events]
+
+    def things(self, number, s):
+        """The objects at the share s, 0 <= s < 1, of the time of event `number`; always in the same order."""
+        return things_at(self.events[number], s)
 
 
 @dataclass(frozen=True)
@@ -512,16 +517,22 @@ def camera_of(script):
     return Camera(WIDTH / 2 + rng.uniform(-10, 10), 72 + rng.uniform(-4, 4)), light
 
 
+def event_at(script, index):
+    """(number of the event that a frame shows, share of the event's time)."""
+    time = index / FRAMES
+    number = sum(event.end <= time + 1e-9 for event in script.events)
+    event = script.events[number]
+    return number, (time - event.start) / (event.end - event.start)
+
+
 def moments(script):
     """For each frame: (metres driven, objects from far to near)."""
     begun = np.random.default_rng([*script.seed, 5]).uniform(0, 100)
     for index in range(FRAMES):
-        time = index / FRAMES
-        past = [event for event in script.events if event.end <= time + 1e-9]
-        event = script.events[len(past)]
-        s = (time - event.start) / (event.end - event.start)
-        driven = begun + sum(EGO[e.kind][-1][1] for e in past) + between(EGO[event.kind], s)
-        yield driven, sorted(things_at(event, s), key=lambda thing: -thing.z)
+        number, s = event_at(script, index)
+        driven = begun + sum(EGO[e.kind][-1][1] for e in script.events[:number])
+        driven += between(EGO[script.events[number].kind], s)
+        yield driven, sorted(script.things(number, s), key=lambda thing: -thing.z)
 
 
 def boxes_of(script):
@@ -579,6 +590,112 @@ def rounded(values, digits):
     return [round(value, digits) for value in values]
 
 
+SIDE_FROM, NEAR_FACTOR = 0.07, 1.3  # what is left or right of the middle; what approaches or recedes: see exact_facts
+FIXED_SIDES = {"bus_oncoming": "left", "truck_oncoming": "left", "bus_pulls_over": "right", "stop_sign": "right"}
+SIDED = ("car_turns", "person_crosses", "bicycle_passes", "motorcycle_passes", "truck_merges")
+
+
+def visible_things(script):
+    """{(number of its event, place in the event): [(frame, Thing, Box), ...]} of each object, where it is visible."""
+    camera, _ = camera_of(script)
+    seen = {}
+    for index in range(FRAMES):
+        number, s = event_at(script, index)
+        for place, thing in enumerate(script.things(number, s)):
+            if box := label(camera, thing):
+                seen.setdefault((number, place), []).append((index, thing, box))
+    return seen
+
+
+def sides_of(steps):
+    """Sides of the middle of the picture on which an object enters, is largest or leaves: a set of "left", "right"."""
+    areas = [(box.xyxy[2] - box.xyxy[0]) * (box.xyxy[3] - box.xyxy[1]) for _, _, box in steps]
+    sides = set()
+    for place in (0, int(np.argmax(areas)), -1):
+        x1, _, x2, _ = steps[place][2].xyxy
+        centre = (x1 + x2) / 2 / WIDTH
+        if abs(centre - 0.5) > SIDE_FROM:
+            sides.add("left" if centre < 0.5 else "right")
+    return sides
+
+
+def motions_of(steps):
+    """Motions of an object, as stage3.evidence.MOTIONS names them. It crosses if it enters on one side of the picture
+    and leaves on the other; it approaches (recedes) if its distance shrinks (grows) by NEAR_FACTOR at any time."""
+    entered, left = sides_of(steps[:1]), sides_of(steps[-1:])
+    moves = set()
+    if entered and left and entered != left:
+        moves.add("left to right" if entered == {"left"} else "right to left")
+    distances = [thing.z for _, thing, _ in steps]
+    for index, z in enumerate(distances):
+        if z >= NEAR_FACTOR * min(distances[index:]):
+            moves.add("approaches")
+        if NEAR_FACTOR * z <= max(distances[index:]):
+            moves.add("recedes")
+    return moves
+
+
+def states_of(steps, least=2):
+    """States of the traffic lights in the order of time, each time one comes up. A state that is shown in fewer than
+    `least` frames on end is left out: at 6 frames a second, nobody tells what is there for one of them."""
+    frames = [set() for _ in range(FRAMES)]
+    for index, _, box in steps:
+        frames[index].add(box.attribute)
+    states = []
+    for index, shown in enumerate(frames):
+        before = frames[index - 1] if index else set()
+        for state in sorted(shown - before):
+            following = frames[index:index + least]
+            if len(following) == least and all(state in later for later in following):
+                states.append(state)
+    return [state for index, state in enumerate(states) if index == 0 or state != states[index - 1]]
+
+
+def exact_facts(script):
+    """What stage3.evidence.Evidence says of counts, sides, light, colours and motion, exactly, as JSON.
+
+    Times and places are those of the frames: an object that is out of the picture has none. A class that is shown more
+    often than at one time has no count; traffic lights and stop signs have no motion.
+    """
+    seen = visible_things(script)
+    frames, things = {}, {}
+    facts = {"counts": {}, "sides": {}, "light": [], "colours": {}, "motion": {}}
+    for key, steps in sorted(seen.items(), key=lambda item: item[1][0][0]):
+        name = steps[0][1].name
+        things.setdefault(name, set()).add(key)
+        for index, _, _ in steps:
+            frames[name, index] = frames.get((name, index), 0) + 1
+        values = {"sides": sides_of(steps)}
+        if name in COLOURS:
+            values["colours"] = {steps[0][2].attribute}
+        if name not in ("traffic light", "stop sign"):
+            values["motion"] = motions_of(steps)
+        for kind, found in values.items():
+            facts[kind][name] = sorted({*facts[kind].get(name, ()), *found})
+    for name, keys in things.items():
+        most = max(count for (other, _), count in frames.items() if other == name)
+        if most == len(keys):
+            facts["counts"][name] = most
+    lights = [step for steps in seen.values() if steps[0][1].name == "traffic light" for step in steps]
+    facts["light"] = states_of(lights)
+    return facts
+
+
+def event_facts(script):
+    """One dict per event: what it shows, from which side, in which colour or states of a light, and when."""
+    seen, facts = visible_things(script), []
+    for number, event in enumerate(script.events):
+        side = FIXED_SIDES.get(event.kind)
+        if event.kind in SIDED:
+            side = "left" if event.from_left else "right"
+        facts.append({
+            "kind": event.kind, "class": event.name, "colour": event.colour, "side": side,
+            "light": states_of(seen[number, 0]) if event.name == "traffic light" else None,
+            "start": round(event.start, 3), "end": round(event.end, 3), "companion": event.companion,
+        })
+    return facts
+
+
 def truth_of(clip):
     """Exact truth of a clip, as `evaluate.py --truth` reads it; times are fractions of the clip."""
     seen, frames = {}, []
@@ -597,6 +714,8 @@ def truth_of(clip):
         "seen": times,
         "events": [event.kind for event in script.events],
         "companions": [event.companion for event in script.events],
+        "facts": event_facts(script),
+        **exact_facts(script),
         "night": script.night,
         "city": script.city,
         "boxes": frames,
@@ -651,7 +770,7 @@ def make_one(index, seed, held_out, folder):
 
 def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
-    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 4}
+    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 5}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         say(f"{output_dir} is complete: {num_clips} clips")

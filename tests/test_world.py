@@ -155,7 +155,7 @@ def test_the_clips_that_the_split_holds_out_are_drawn_as_held_out(small_world):
 
 def test_a_world_of_an_earlier_version_is_drawn_again(tmp_path, monkeypatch):
     """Its clips were drawn for another split: held-out combinations would be in the training data."""
-    settings = {"num_clips": NUM_CLIPS, "seed": 42, "version": 3}
+    settings = {"num_clips": NUM_CLIPS, "seed": 42, "version": 4}
     (tmp_path / "world.json").write_text(json.dumps(settings))
     monkeypatch.setattr(world, "held_out_names", lambda num_clips: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
