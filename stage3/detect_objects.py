@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 4 -m stage3.detect_objects               clips are divided among the ranks
 
 Boxes are kept from a confidence of 0.10, in one JSON file per clip, so thresholds can be changed later without running
-the detector again. stage3/evidence.py turns boxes into evidence.
+the detector again; with them the colours of vehicles and traffic lights, where the pixels tell them
+(stage3/colours.py). stage3/evidence.py turns boxes into evidence.
 """
 
 import functools
@@ -40,12 +41,14 @@ from dataset import (
     sample_clip,
     video_reader_problems,
 )
-from stage3.evidence import Evidence, clip_evidence
+from stage3.colours import VEHICLE_COLOURS, frame_colours
+from stage3.evidence import LIGHTS, Evidence, clip_evidence
 from stage3.vocabulary_config import COCO_NAMES, NAMES_ELSEWHERE
 
 BOX_FLOOR = 0.10  # boxes below this confidence are not kept
-FORMAT = 1  # version of the cache; a new one starts a new folder
+FORMAT = 2  # version of the cache; a new one starts a new folder
 FINGERPRINT_KEYS = ("format", "weights", "weights_sha256", "image_size", "num_frames", "nms_iou")
+KNOWN_COLOURS = {None, *VEHICLE_COLOURS, *LIGHTS}
 KNOWN_WEIGHTS = re.compile(r"yolo(v8|11|12)[nsmlx]\.pt")  # names that ultralytics offers for download
 DOWNLOADS = Path("output/weights")
 # ultralytics reads these when it is imported: install no packages, print no banner, unpickle nothing but weights
@@ -234,6 +237,16 @@ def clip_file(folder: Path, video: str) -> Path:
     return folder / f"{Path(video).stem}-{hashlib.sha256(video.encode()).hexdigest()[:8]}.json"
 
 
+def are_sound(boxes: list) -> bool:
+    """True if each box is [class id, confidence, x1, y1, x2, y2], numbers in 0..1; TypeError for no list of lists."""
+    for class_id, *numbers in boxes:
+        if not isinstance(class_id, int) or not 0 <= class_id < len(COCO_NAMES) or len(numbers) != 5:
+            return False
+        if not all(0 <= number <= 1 for number in numbers):
+            return False
+    return True
+
+
 def read_record(file: Path) -> dict | None:
     """A clip's record; None if there is none or it is damaged, so that the clip is detected again."""
     try:
@@ -243,10 +256,9 @@ def read_record(file: Path) -> dict | None:
         times = [frame["time"] for frame in record["frames"]]
         sound = record["bytes"] > 0 and len(times) > 0 and times == sorted(times)
         for frame in record["frames"]:
-            sound &= 0 <= frame["time"] <= 1
-            for class_id, *numbers in frame["boxes"]:
-                sound &= isinstance(class_id, int) and 0 <= class_id < len(COCO_NAMES)
-                sound &= len(numbers) == 5 and all(0 <= number <= 1 for number in numbers)
+            sound &= 0 <= frame["time"] <= 1 and are_sound(frame["boxes"])
+            if "colours" in frame:  # imported labels may have none
+                sound &= len(frame["colours"]) == len(frame["boxes"]) and KNOWN_COLOURS.issuperset(frame["colours"])
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None
     return record if sound else None
@@ -299,8 +311,9 @@ def detect_clips(videos: list[str], video_root: Path | str, settings: DetectorSe
             failed[video] = record["error"] = str(error)
         else:
             record |= {"bytes": paths[video].stat().st_size, "frames": [
-                {"index": int(index), "time": round(float(time), 4), "boxes": boxes}
-                for index, time, boxes in zip(indices, times, detector.detect(frames), strict=True)
+                {"index": int(index), "time": round(float(time), 4), "boxes": boxes,
+                 "colours": frame_colours(frame, boxes) if are_sound(boxes) else []}
+                for index, time, frame, boxes in zip(indices, times, frames, detector.detect(frames), strict=True)
             ]}
         write_json(clip_file(folder, video), record, separators=(",", ":"))
         if read_record(clip_file(folder, video)) is None:

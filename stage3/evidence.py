@@ -2,10 +2,16 @@
 
 `clip_evidence` turns a clip's record, as stage3/detect_objects.py writes it, into the Evidence that captions are
 checked against. Nothing here runs a detector or reads a file.
+
+What is said beyond a class's presence (counts, sides, motion, colours) follows from tracks: the boxes of one object
+over the frames. Whatever leaves a doubt about one of a class's objects adds "unknown" to what is said of the class.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from stage3.vocabulary_config import COCO_NAMES, ROAD_CLASSES
 from training.config import DetectorSettings
@@ -16,6 +22,28 @@ VEHICLE_BODIES = frozenset({"car", "truck", "bus"})  # detectors may give one ve
 LIGHTS = ("red", "amber", "green")
 SIDES = ("left", "right", "unknown")
 MOTIONS = ("approaches", "recedes", "left to right", "right to left", "stands", "unknown")
+STATIC = frozenset({"traffic light", "stop sign", "fire hydrant", "parking meter", "bench"})
+MOVABLE = frozenset(ROAD_CLASSES) - STATIC
+
+# Linking boxes to tracks. Distances are in sizes of the object (square root of its area), pictures taken as 16:9.
+ASPECT = 16 / 9
+REACH = 1.5  # how far from where its motion leads an object may be found again, per frame
+FIRST_REACH = 2.5  # the same for its second box, when its motion is not known yet
+MAX_GAP = 2  # frames from one box of a track to its next: one may be missed
+MAX_GROWTH = 2.5  # by this factor the size may change from box to box
+RIVAL = 0.7  # another box that is nearly as close (distance + RIVAL) makes it unsure which of them is the object
+TWIN_IOU = 0.6  # boxes of one class that overlap more may be one object
+
+# Sides: centres this far from the middle, as shares of the picture's width, are beside it; between the two, unknown.
+BESIDE, PERHAPS_BESIDE = 0.09, 0.05
+# Motion: factors by which the size surely, or perhaps, changed. An object that crosses goes from one side to the other.
+GROWS, PERHAPS_GROWS = 1.45, 1.12
+SHIFTS = 0.15  # a shift of the centre by this share of the width that ends on no other side is unknown, not standing
+STAYS, STAYS_FACTOR = 0.02, 1.08  # what stands beside a traffic light that stands in the picture, stands
+EDGE = 0.01  # a box this close to the picture's edge is cut off
+# Colours and lights: readings that it takes, and by how much the first must outnumber the second.
+COLOUR_READINGS, COLOUR_MARGIN = 2, 3.0
+LIGHT_HEIGHT = 0.03  # share of the picture's height from which a light should be readable
 
 
 @dataclass(frozen=True)
@@ -140,7 +168,7 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
     present: at present_confidence in present_frames frames, or at strong_confidence in one. unknown: not present, but
     at absent_confidence or more, or a class that the detector does not know. salient: present, one of ROAD_CLASSES, and
     so large or so long in view that a caption must tell it. seen: first and last frame at present_confidence, as
-    fractions of the clip.
+    fractions of the clip. The other fields: `clip_facts`.
     """
     if "error" in record:
         return None
@@ -157,7 +185,244 @@ def clip_evidence(record: dict, settings: DetectorSettings) -> Evidence | None:
     # Only what was looked for can be absent: the classes that the detector knows, all along the clip.
     known = set(settings.classes.values()) or set(COCO_NAMES)
     unknown |= set(COCO_NAMES) - (set() if record.get("sparse") else known)
-    return Evidence(frozenset(present), frozenset(unknown), frozenset(salient), times)
+    facts = clip_facts(record, settings, present)
+    return Evidence(frozenset(present), frozenset(unknown), frozenset(salient), times, **facts)
+
+
+# ---- tracks: the boxes of one object over the frames -----------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One box of a track."""
+
+    frame: int  # number in the record
+    confidence: float  # 0 if the box may be another object's
+    box: list[float]  # [x1, y1, x2, y2] in 0..1
+    colour: str | None  # reading of its pixels, if any
+
+    @property
+    def centre(self) -> float:
+        return (self.box[0] + self.box[2]) / 2
+
+    @property
+    def area(self) -> float:
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+
+@dataclass
+class Track:
+    """One object. tangled: it came so close to another of its class that the two may be exchanged."""
+
+    steps: list[Step]
+    sure: bool = False
+    tangled: bool = False
+
+    def velocity(self) -> tuple[float, float]:
+        """Shift of the centre per frame, (x, y) in shares of the picture; (0, 0) for a single box."""
+        if len(self.steps) < 2:
+            return 0.0, 0.0
+        before, last = self.steps[-2:]
+        frames = last.frame - before.frame
+        down = sum(last.box[1::2]) - sum(before.box[1::2])
+        return (last.centre - before.centre) / frames, down / 2 / frames
+
+    def distance(self, step: Step) -> float:
+        """How far a box is from where the object should be, in shares of what it may be: 1 and more is too far."""
+        last = self.steps[-1]
+        frames = step.frame - last.frame
+        size, other = (max(math.sqrt(thing.area), 1e-6) for thing in (last, step))
+        if frames > MAX_GAP or max(size, other) > MAX_GROWTH * min(size, other):
+            return math.inf
+        right, down = (speed * frames for speed in self.velocity())
+        x = step.centre - last.centre - right
+        y = (sum(step.box[1::2]) - sum(last.box[1::2])) / 2 - down
+        reach = (FIRST_REACH if len(self.steps) == 1 else REACH) * frames
+        return math.hypot(x * math.sqrt(ASPECT), y / math.sqrt(ASPECT)) / math.sqrt(size * other) / reach
+
+
+def link_tracks(record: dict, settings: DetectorSettings) -> dict[str, list[Track]]:
+    """The tracks of each class, of boxes from absent_confidence on.
+
+    In each frame, boxes are given to the tracks to which they are closest, sure boxes before weak ones; a box that fits
+    no track begins one. A track is sure by the rule by which a class is present: present_frames sure boxes, or a strong
+    one. Boxes of doubtful name (`merge_bodies`) and twins of a better box count as weak.
+    """
+    tracks: dict[str, list[Track]] = {}
+    for number, frame in enumerate(record["frames"]):
+        for name, steps in _frame_steps(number, frame, settings).items():
+            _link(tracks.setdefault(name, []), steps, settings.present_confidence)
+    for group in tracks.values():
+        for track in group:
+            sure = sum(step.confidence >= settings.present_confidence for step in track.steps)
+            strong = max(step.confidence for step in track.steps) >= settings.strong_confidence
+            track.sure = strong or sure >= settings.present_frames
+    return tracks
+
+
+def _frame_steps(number: int, frame: dict, settings: DetectorSettings) -> dict[str, list[Step]]:
+    """{class: steps of one frame}, most confident first."""
+    boxes = frame["boxes"]
+    colours = frame.get("colours") or [None] * len(boxes)
+    order = sorted(range(len(boxes)), key=lambda index: -boxes[index][1])  # as merge_bodies sorts them
+    found: dict[str, list[Step]] = {}
+    for (name, confidence, box, whole), index in zip(merge_bodies(boxes, settings.merge_iou), order, strict=True):
+        if confidence >= settings.absent_confidence:
+            steps = found.setdefault(name, [])
+            twin = any(iou(box, step.box) >= TWIN_IOU for step in steps)
+            steps.append(Step(number, confidence if whole and not twin else 0.0, box, colours[index]))
+    return found
+
+
+def _link(tracks: list[Track], steps: list[Step], sure_confidence: float) -> None:
+    """Give each step of one frame to the track that it continues, or begin a new one."""
+    pairs = []
+    for step in steps:
+        for track in tracks:
+            distance = track.distance(step)
+            if distance < 1:
+                pairs.append((step.confidence < sure_confidence, distance, step, track))
+    pairs.sort(key=lambda pair: pair[:2])
+    linked, begun = [], list(steps)
+    for _, distance, step, track in pairs:
+        if track.steps[-1].frame < step.frame and step in begun:
+            rivals = [other for _, near, other, rival in pairs if near < distance + RIVAL
+                      and (other is step) != (rival is track)]
+            track.tangled |= bool(rivals)
+            begun.remove(step)
+            linked.append((track, step))
+            track.steps.append(step)
+    tracks += [Track([step]) for step in begun]
+
+
+# ---- what the tracks say ---------------------------------------------------------------------------------------------
+
+
+def clip_facts(record: dict, settings: DetectorSettings, present: Set[str]) -> dict:
+    """Evidence's counts, sides, light, colours and motion of the present classes; a kind that the record cannot know
+    is missing: counts and motion where labels are of single moments, light and colours without readings."""
+    sparse, last = bool(record.get("sparse")), len(record["frames"]) - 1
+    tracks = link_tracks(record, settings)
+    facts: dict = {"sides": {}, "colours": {}} if sparse else {"sides": {}, "colours": {}, "counts": {}, "motion": {}}
+    still = {number for track in tracks.get("traffic light", []) + tracks.get("stop sign", []) if stays(track.steps)
+             for number in range(track.steps[0].frame, track.steps[-1].frame + 1)}
+    for name in sorted(present):
+        sure = [track for track in tracks[name] if track.sure]
+        doubt = {"unknown"} if sparse or len(sure) < len(tracks[name]) or not sure else set()
+        most = most_at_once(sure, settings.present_confidence)
+        if not sparse and not doubt and most == len(sure):
+            facts["counts"][name] = most
+        values = {"sides": doubt.union(*(track_sides(track, last) for track in sure))}
+        if name in MOVABLE:
+            values["motion"] = doubt.union(*(track_motion(track, still) for track in sure))
+        if name in VEHICLE_BODIES:
+            values["colours"] = doubt | {track_colour(track) for track in sure}
+        for kind, found in values.items():
+            if kind in facts and found - {"unknown"}:  # nothing but doubt says nothing
+                facts[kind][name] = found
+    if not any("colours" in frame for frame in record["frames"]):
+        del facts["colours"]
+    elif "traffic light" in present:
+        facts["light"] = light_states(record, settings)
+    return facts
+
+
+def most_at_once(tracks: list[Track], confidence: float) -> int:
+    """The most boxes of these tracks that one frame has with this confidence or more; 0 without tracks."""
+    frames = Counter(step.frame for track in tracks for step in track.steps if step.confidence >= confidence)
+    return max(frames.values(), default=0)
+
+
+def side_of(centre: float) -> set[str]:
+    """{"left"}, {"right"}, {"unknown"} on the verge of a side, or nothing in the middle; centre: 0 left .. 1 right."""
+    away = abs(centre - 0.5)
+    if away < PERHAPS_BESIDE:
+        return set()
+    return {"unknown" if away < BESIDE else "left" if centre < 0.5 else "right"}
+
+
+def track_sides(track: Track, last: int) -> set[str]:
+    """Sides on which the object enters, is largest and leaves. "unknown" where it may have been on another side between
+    its first or last box and the next frame, if there is one; `last`: number of the clip's last frame."""
+    steps = track.steps
+    largest = max(steps, key=lambda step: step.area)
+    sides = set().union(*(side_of(step.centre) for step in (steps[0], largest, steps[-1])))
+    if len(steps) > 1:
+        before = steps[0].centre - (steps[1].centre - steps[0].centre) / (steps[1].frame - steps[0].frame)
+        after = steps[-1].centre + track.velocity()[0]
+        beyond = [centre for centre, open_end in ((before, steps[0].frame > 0), (after, steps[-1].frame < last))
+                  if open_end]
+        if set().union(*map(side_of, beyond)) - sides:
+            sides.add("unknown")
+    return sides
+
+
+def track_motion(track: Track, still: Set[int]) -> set[str]:
+    """MOTIONS of one object, as the camera sees them: it approaches if it grows, whoever moves.
+
+    still: frames in which something that cannot move (a traffic light) stays in its place in the picture, so that the
+    camera stands. Only there can an object be said to stand; elsewhere one that stays in its place moves with us.
+    """
+    steps = track.steps
+    if track.tangled or len(steps) < 3:
+        return {"unknown"}
+    grows, shrinks = growth(steps)
+    moves = {move for move, factor in (("approaches", grows), ("recedes", shrinks)) if factor >= GROWS}
+    if any(PERHAPS_GROWS <= factor < GROWS for factor in (grows, shrinks)):
+        moves.add("unknown")
+    entered, left = side_of(steps[0].centre), side_of(steps[-1].centre)
+    if entered | left == {"left", "right"}:
+        moves.add("left to right" if entered == {"left"} else "right to left")
+    elif abs(steps[-1].centre - steps[0].centre) >= SHIFTS:
+        moves.add("unknown")  # it may go on to the other side, or be about to leave on its own
+    if not moves:
+        known = stays(steps) and still.issuperset(range(steps[0].frame, steps[-1].frame + 1))
+        moves.add("stands" if known else "unknown")
+    return moves
+
+
+def growth(steps: list[Step]) -> tuple[float, float]:
+    """(largest factor by which an object grows, by which it shrinks) from one of its boxes to a later one; 1: not at
+    all. Its height is compared, or its width where all heights are cut off by the picture's edge."""
+    sizes = [step.box[3] - step.box[1] for step in steps if step.box[1] > EDGE and step.box[3] < 1 - EDGE]
+    if len(sizes) < 2:
+        sizes = [step.box[2] - step.box[0] for step in steps if step.box[0] > EDGE and step.box[2] < 1 - EDGE]
+    grows = shrinks = 1.0
+    for index, size in enumerate(sizes):
+        grows = max(grows, max(sizes[index:]) / max(size, 1e-6))
+        shrinks = max(shrinks, size / max(min(sizes[index:]), 1e-6))
+    return grows, shrinks
+
+
+def stays(steps: list[Step]) -> bool:
+    """True if the boxes, at least three, keep their place and their size."""
+    centres = [step.centre for step in steps]
+    grows, shrinks = growth(steps)
+    return len(steps) >= 3 and max(centres) - min(centres) <= STAYS and max(grows, shrinks) <= STAYS_FACTOR
+
+
+def track_colour(track: Track) -> str:
+    """The colour that its readings agree on, or "unknown"."""
+    votes = Counter(step.colour for step in track.steps if step.colour)
+    (first, most), (_, next_most) = [*votes.most_common(2), ("unknown", 0), ("unknown", 0)][:2]
+    return first if most >= max(COLOUR_READINGS, COLOUR_MARGIN * next_most) else "unknown"
+
+
+def light_states(record: dict, settings: DetectorSettings) -> tuple[str, ...] | None:
+    """Colours of the traffic lights in the order of time, repeats merged; "unknown" for frames in which a light that is
+    large enough could not be read. None if no light was ever read."""
+    states: list[str] = []
+    before: set[str] = set()
+    for frame in record["frames"]:
+        colours = frame.get("colours") or [None] * len(frame["boxes"])
+        shown = set()
+        for (class_id, confidence, _, y1, _, y2), colour in zip(frame["boxes"], colours, strict=True):
+            if COCO_NAMES[class_id] == "traffic light" and confidence >= settings.present_confidence:
+                shown |= {colour} if colour else {"unknown"} if y2 - y1 >= LIGHT_HEIGHT else set()
+        states += [state for state in (*LIGHTS, "unknown") if state in shown - before and states[-1:] != [state]]
+        before = shown
+    if record.get("sparse"):
+        states.append("unknown")
+    return tuple(states) if set(states) - {"unknown"} else None
 
 
 def evidence_dict(evidence: Evidence) -> dict:

@@ -70,6 +70,7 @@ def _index(meanings):
 def _build_lexicon():
     entries = dict.fromkeys(_all_plurals(vocab.NEUTRAL), Entry("neutral", ()))
     entries |= dict.fromkeys(vocab.EGO, Entry("ego", ()))
+    entries |= dict.fromkeys(_all_plurals(vocab.BRANDS), Entry("any", vocab.BRAND_CLASSES))
     for owner in vocab.EGO_OWNERS:
         entries |= dict.fromkeys((f"{owner} vehicle", f"{owner} car"), Entry("ego", ()))
     for table, kind in ((vocab.ANY_OF, "any"), (vocab.UNVERIFIABLE, "unverifiable"), (vocab.SEVERAL, "object")):
@@ -95,6 +96,7 @@ _OBJECT_TABLES = (vocab.COCO_NAMES, *vocab.SYNONYMS.values(), vocab.SEVERAL, voc
 LEXICON = _build_lexicon()
 SINGULAR = frozenset(phrase.split()[-1] for table in _OBJECT_TABLES for phrase in table) - {
     "people", "skis", "scissors", "cattle"}
+BRAND_FORMS = _all_plurals(vocab.BRANDS)
 GUARDED_FORMS = _all_plurals(vocab.GUARDED)
 HEADS = {word: _all_plurals(nouns.split()) for word, nouns in vocab.COMPOUND_HEADS.items()}
 VERB_OF = {form: base for base in vocab.DYNAMIC_VERBS for form in verb_forms(base)}
@@ -110,6 +112,7 @@ CONNECTIVE_INDEX = _index(
 NEGATOR_INDEX = _index(dict.fromkeys(vocab.NEGATORS, "negation") | dict.fromkeys(vocab.PSEUDO_NEGATIONS, "pseudo"))
 LIGHT_VERBS = frozenset(vocab.LIGHT_VERBS.split())
 VEHICLES = frozenset({"car", "truck", "bus", "motorcycle"})
+REASONS = frozenset({"because", "since", "as", "so", "due", "for"})
 SIDE_KINDS = {"from": "from", "on": "side", "in": "side", "at": "side", "to": "to", "towards": "to", "toward": "to",
               "into": "to"}
 BEFORE_SIDE = frozenset("the our its my his her their far near".split())
@@ -232,7 +235,7 @@ class Caption(Reading):
 # Words
 
 NO_BREAK, HYPHEN, COMMA, STOP = range(4)
-WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:[.,]\d+)*")
 CONTRACTIONS = frozenset({"there's", "it's", "that's"})  # their "'s" is a verb, not an owner
 SENTENCE_END = re.compile(r"[.!?;:…。]")
 
@@ -299,7 +302,7 @@ def _ends_clause(reading, i):
 # "from inside a moving car": the camera's own car comes after one of these.
 EGO_BEFORE = re.compile(
     r"\b(inside|within|aboard|interior of|interior|equipped|perspective of|viewpoint of|vantage point of|"
-    r"view of someone in|point of view of|mounted in|mounted on|from)"
+    r"view of someone in|point of view of|mounted in|mounted on|windshield of|windscreen of|dashboard of|hood of|from)"
     r"(?: (?:a|an|the|another))?(?: (?P<state>moving|driving|stationary|travelling|traveling|stopped|parked))?$"
 )
 # "from the perspective of someone inside a vehicle": someone who looks, not a person in the picture.
@@ -330,6 +333,8 @@ def _is_compound(reading, first, head):
     if noun == "parking":
         return before not in ("a", "another", "one")  # "a car parking ahead"
     if noun == "crossing":
+        if before in ("brief", "quick", "slow", "hurried", "sudden"):  # "a brief pedestrian crossing": an event
+            return False
         if not ends and after in vocab.CROSSING_WAYS:  # "pedestrians crossing the road"
             return False
         return not opens or not (ends or after in ("ahead", "in", "left", "right", "while", "as", "and"))
@@ -352,6 +357,8 @@ def _is_plain_noun(reading, i):
 def _is_light(reading, i):
     """A bare "light" or "signal" is a traffic light if it has a signal's colour or changes to one."""
     word, before, after = reading.words[i], _word_before(reading, i), _word(reading, i + 1)
+    if before == "at" and word != "signal" or before == "the" and _word(reading, i - 2) == "at" and word == "lights":
+        return _ends_clause(reading, i + 1)  # "wait at light", "queue at the lights"
     if word == "signal":
         return before in vocab.ARTICLES | vocab.COLOURS_OF_LIGHT | {"this", "that", "each"}
     if word == "signals":
@@ -398,6 +405,29 @@ def _is_own_vehicle(reading, i, length):
     return after[0] not in vocab.OTHER_VEHICLE and after not in (("in", "front"), ("on", "the"))
 
 
+def _describes_vehicle(reading, i):
+    """A vehicle's name follows the make at word i: "a Toyota truck", "a Toyota Highlander SUV"."""
+    for j in range(i + 1, min(i + 4, len(reading.words))):
+        if reading.breaks[j] >= COMMA or reading.words[j] in vocab.FUNCTION_WORDS:
+            return False
+        if reading.words[j] in BRAND_FORMS or LEXICON.get(reading.words[j]) and match_phrase(LEXICON, reading, j)[0]:
+            return True
+    return False
+
+
+def _is_recorders_car(reading, i, length):
+    """The text begins with "The car" and gives the reason for what it does, as reports of the camera's own car do:
+    "The car slows down because the light is red." """
+    if length != 1 or reading.words[:2] != ["the", "car"] or i != 1:
+        return False
+    for j in range(3, len(reading.words)):
+        if reading.breaks[j] == STOP:
+            return False
+        if reading.words[j] in REASONS:
+            return True
+    return False
+
+
 def _classify(reading, i):
     """(length, entry) of the phrase at word i, considering its neighbours; (0, None) if word i is a plain word."""
     length, entry = match_phrase(LEXICON, reading, i)
@@ -407,9 +437,15 @@ def _classify(reading, i):
         return (1, Entry("object", ("traffic light",))) if is_light else (0, None)
     if entry.kind in ("neutral", "ego"):
         return length, entry
+    if word in BRAND_FORMS and _describes_vehicle(reading, i):
+        return 0, None
+    if length == 2 and word == "pick" and reading.breaks[i + 1] != HYPHEN and not (
+            _word_before(reading, i) in vocab.DETERMINERS or _word_before(reading, i) in ATTRIBUTE_OF):
+        return 0, None  # "pick up passengers"
     if word in GUARDED_FORMS and length == 1 and not _is_plain_noun(reading, i):
         return 0, None
-    if _is_ego(reading, i, length, entry) or entry.kind == "any" and _is_own_vehicle(reading, i, length):
+    own = entry.kind == "any" and _is_own_vehicle(reading, i, length) or _is_recorders_car(reading, i, length)
+    if own or _is_ego(reading, i, length, entry):
         return length, Entry("ego", ())
     if entry.classes[0] not in ("traffic light", "stop sign"):
         head = i + length
@@ -611,7 +647,9 @@ def read_caption(text):
     caption = Caption(**vars(read_text(text)))
     inside_phrase = set()  # words of connectives and similar phrases that begin no clause
     for i, (word, role) in enumerate(zip(caption.words, caption.roles, strict=True)):
-        caption.verbs.append(VERB_OF[word] if not role and word in VERB_OF and _is_verb(caption, i) else "")
+        is_verb = not role and word in VERB_OF and _is_verb(caption, i)
+        is_command = word in vocab.COMMANDS and (i == 0 or caption.breaks[i] >= COMMA)
+        caption.verbs.append(VERB_OF[word] if is_verb else word if is_command else "")
         caption.attributes.append("" if role else ATTRIBUTE_OF.get(word, ""))
         denied = i > 0 and caption.words[i - 1] in ("no", "not", "without")
         caption.scenes.append(None if denied else match_phrase(SCENE_INDEX, caption, i)[1])

@@ -52,7 +52,8 @@ SYNONYMS = {
     "motorcycle": ("motorbike", "moped", "motor scooter", "motor bike", "dirt bike"),
     "airplane": ("plane", "aeroplane", "aircraft"),
     "bus": (
-        "minibus", "coach bus", "school bus", "city bus", "double decker", "double decker bus", "transit bus",
+        "minibus", "coach", "coach bus", "tour bus", "double decker tour bus",
+        "school bus", "city bus", "double decker", "double decker bus", "transit bus",
         "shuttle bus", "autobus",
     ),
     "train": ("locomotive", "subway train", "freight train"),
@@ -102,7 +103,8 @@ ANY_OF = {
     "motor vehicle": ("car", "truck", "bus", "motorcycle"),
     "construction vehicle": ("truck", "car", "bus"),
     "van": ("car", "truck", "bus"), "minivan": ("car", "truck"), "delivery van": ("truck", "car", "bus"),
-    "pickup": ("truck", "car"), "pickup truck": ("truck", "car"), "pick up truck": ("truck", "car"),
+    "pickup": ("truck", "car"), "pick up": ("truck", "car"),
+    "pickup truck": ("truck", "car"), "pick up truck": ("truck", "car"),
     "motorhome": ("truck", "bus", "car"), "motor home": ("truck", "bus", "car"), "rv": ("truck", "bus", "car"),
     "shuttle": ("bus", "car", "truck"), "camper": ("truck", "car", "bus"),
     "tram": ("train", "bus"), "streetcar": ("train", "bus"), "trolley": ("bus", "train"),
@@ -111,6 +113,13 @@ ANY_OF = {
     "scooter": ("motorcycle", "bicycle"), "biker": ("motorcycle", "bicycle"), "rider": ("motorcycle", "bicycle"),
     "two wheeler": ("motorcycle", "bicycle"),
 }
+# Makes and models: one names a car or a truck, unless a vehicle's name follows it ("a Toyota truck"). Left out are
+# those that usually mean something else: Lincoln, Mini, Focus, Golf, Explorer, Escape, Accord, Pilot, Ram.
+BRANDS = frozenset("acura audi bmw buick cadillac camry cherokee chevrolet chevy chrysler civic corolla corvette dodge "
+                   "ferrari fiat ford gmc highlander honda hyundai infiniti jaguar jetta kia lexus mazda mercedes "
+                   "mitsubishi mustang nissan passat peugeot pontiac porsche prius renault silverado subaru tacoma "
+                   "tahoe tesla toyota volkswagen volvo vw wrangler altima sentra camaro".split())
+BRAND_CLASSES = ("car", "truck")
 WITH_PERSON = frozenset({"biker", "rider"})  # these also mention a person
 
 # Special vehicles whose kind a COCO detector cannot confirm: half an error if one of these classes is present (and no
@@ -134,7 +143,7 @@ IRREGULAR_PLURALS = {
 # road"). A mention only as a plain noun: after a determiner, and before a function word, a verb or the clause's end.
 GUARDED = frozenset({
     "orange", "bear", "tie", "remote", "sink", "bed", "book", "mouse", "fork", "cycle", "adult", "clock", "table",
-    "individual", "human", "student", "ball", "kite", "cake", "apple", "tanker", "cab", "bull", "semi", "tv",
+    "individual", "human", "student", "ball", "kite", "cake", "apple", "tanker", "cab", "bull", "semi", "tv", "coach",
 })
 GUARDED_VERBS = frozenset({"ties", "sinks", "books", "bears", "cycles", "forks"})  # mentions after a determiner
 
@@ -159,7 +168,8 @@ COMPOUND_HEADS = {
 
 # Other phrases in which an object's name (or "light") is not that object, in the singular.
 NEUTRAL = (
-    "people mover", "men at work", "man made", "first person", "second person", "third person", "runner up",
+    "people mover", "men at work", "with trolley", "with a trolley", "shopping trolley",
+    "man made", "first person", "second person", "third person", "runner up",
     "pedestrian and vehicular traffic", "pedestrian and vehicular activity", "pedestrian and vehicle traffic",
     "pedestrian or vehicular activity", "pedestrian or vehicular traffic", "pedestrian and vehicle activity",
     "pedestrian or vehicle traffic", "pedestrian or vehicle activity", "pedestrian and vehicle movement",
@@ -264,6 +274,10 @@ SAME_VERB = (
 )
 LIGHT_VERBS = "turn change switch transition go"  # of a traffic light these all say that its colour changes
 
+# Advice to the driver, as the first word of a clause: "keep distance", "hold lane". Elsewhere these say nothing.
+COMMANDS = frozenset("keep hold ease check watch give reduce crawl maintain mind cover look prepare back stay let "
+                     "expect anticipate adjust monitor continue scan beware".split())
+
 # Verbs of events that a driver must not be told of in vain, beside the verbs of motion: forms are made as for those.
 EVENT_VERBS = tuple("crash collide hit strike smash explode burn fall flip overturn skid spin jump fly land chase "
                     "fight attack shoot slip stumble wave dance block honk hover hang leap".split())
@@ -297,7 +311,8 @@ COUNTS |= {"pair": 2, "couple": 2} | dict.fromkeys("several many multiple numero
 # A denial with one of these says more than that the class is nowhere: "no cars in the left lane", "no other trucks".
 DENIAL_LIMITS = frozenset("other further additional else more longer yet anymore now immediate immediately direct "
                           "another crossing turning approaching passing coming following blocking lane lanes sidewalk "
-                          "crosswalk intersection path way front side at near from".split())
+                          "crosswalk intersection path way front side at near from initial frames "
+                          "themselves where absence".split())
 
 # An answer that says these instead of what it sees.
 HEDGES = frozenset("possibly perhaps maybe probably presumably apparently seemingly might potentially likely".split())
@@ -307,7 +322,7 @@ VIDEO_WORDS = frozenset("video clip footage scene view camera frame image record
 # Verbs of motion and change, in the base form (mentions.py makes the others). Verbs about the video (show, depict,
 # indicate, suggest, capture) are left out: they say nothing about the road.
 DYNAMIC_VERBS = tuple("accelerate advance appear approach arrive board brake change clear creep cross cut "
-                      "cycle decelerate depart disappear drive emerge enter exit flow follow go halt hurry "
+                      "cycle decelerate depart disappear drive emerge enter exit filter flow follow go halt hurry "
                       "inch join jog leave make merge move navigate overtake pass pause proceed pull reach "
                       "resume reverse ride roll run rush slow speed start step steer stop swerve switch "
                       "transition travel traverse turn veer wait walk weave yield".split())
@@ -394,4 +409,5 @@ COLOURS_OF_LIGHT = frozenset("red green yellow amber".split())
 # Words that may come between "light" and its colour.
 CHANGING = frozenset("turn turns turned turning change changes changed changing switch switches switched "
                      "switching go goes went going is was becomes became stays stayed remains remained shows "
-                     "showing showed still from to just now ahead then soon".split())
+                     "showing showed transition transitions transitioned transitioning "
+                     "still from to just now ahead then soon".split())

@@ -396,7 +396,8 @@ def test_each_check_of_the_gate_is_needed():
             "unspoken harmony in what surrounds the scene. Nothing hurries anybody. It feels as though time itself "
             "would linger. Subtle notes of comfort mix with hints of melancholy. The whole picture rests on balance. "
             "Few could remain indifferent to such a view. There is poetry in the ordinary, and it asks for no reason.")
-    assert score(f"{F} {mood}") < score(F) - 0.05  # padding that never repeats itself
+    padded, plain = (physics_aware_reward(text, D, M, reference=F).total for text in (f"{F} {mood}", F))
+    assert padded < plain - 0.05  # padding that never repeats itself
     pattern = "The {} car is ahead of the ego vehicle on the side of the wet road in the city at night. "
     colours = ("red", "blue", "green", "black", "silver", "yellow", "brown", "golden", "pink", "tan")
     assert score(F + " " + "".join(map(pattern.format, colours))) < 0.8 * score(F)  # one pattern, new adjectives
