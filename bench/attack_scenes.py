@@ -62,9 +62,12 @@ SCENES = (
         "Night, wet road: red light, white car ahead waits, pedestrian crosses from left, oncoming truck passes, "
         "stop.",
         """
-        light: traffic light at a wet city intersection is red > traffic light at a wet city intersection is green
-        light: changes to green > changes to red
-        light: red light > green light
+        light: traffic light at a wet city intersection is red > traffic light at a wet city intersection is amber
+        light: changes to green > changes to amber
+        light: red light > amber light
+        moment: traffic light at a wet city intersection is red > traffic light at a wet city intersection is green
+        moment: changes to green > changes to red
+        moment: red light > green light
         side: crosses from the left > crosses from the right
         side: passes on the left > passes on the right
         side: crosses from left > crosses from right
@@ -200,10 +203,14 @@ SCENES = (
         "intersection.",
         "Night, dry country road: red light ahead, stop, then green light, drive on.",
         """
-        light: traffic light ahead is red > traffic light ahead is green
-        light: changes to green > changes to red
-        light: red light ahead > green light ahead
-        light: then green light > then red light
+        light: traffic light ahead is red > traffic light ahead is amber
+        light: changes to green > changes to amber
+        light: red light > amber light
+        light: green light > amber light
+        moment: traffic light ahead is red > traffic light ahead is green
+        moment: changes to green > changes to red
+        moment: red light ahead > green light ahead
+        moment: then green light > then red light
         count: The traffic light ahead is > Four traffic lights ahead are
         ego: slows down and stops > accelerates
         ego: drives on across > turns left before
@@ -247,9 +254,12 @@ SCENES = (
         "Cloudy day: red light, three cars wait, four people cross from left, white bus turns in from right, cyclist "
         "passes on right.",
         """
-        light: traffic light ahead is red > traffic light ahead is green
-        light: turns green > turns red
-        light: red light > green light
+        light: traffic light ahead is red > traffic light ahead is amber
+        light: turns green > turns amber
+        light: red light > amber light
+        moment: traffic light ahead is red > traffic light ahead is green
+        moment: turns green > turns red
+        moment: red light > green light
         side: cross from the left > cross from the right
         side: in from the right > in from the left
         side: passes on the right > passes on the left
@@ -475,6 +485,8 @@ SCENES = (
         light: changes to amber > changes to green
         light: turns red > turns green
         light: amber light > green light
+        moment: changes to amber > changes to red
+        moment: turns red > turns amber
         side: approaches on the left > approaches on the right
         side: cross from the right > cross from the left
         side: approaches on left > approaches on right

@@ -110,8 +110,7 @@ COPILOT = (
     ("Nobody on the crossing, bus behind is close, do not stop.", {"bus"}),
     # Longer ones
     ("Rainy night in the city, two cars ahead at the red light and a delivery van half on the kerb; leave space in "
-     "front of the van in case its driver steps out, and stop well short of the crossing.",
-     {"car", "traffic light", "person"}),
+     "front of the van in case it moves off, and stop well short of the crossing.", {"car", "traffic light"}),
     ("Residential street, speed bumps every 50 m, parked cars on both sides, kid with a ball near the second "
      "driveway on the right, so come down to walking pace, cover the brake, keep a metre from the mirrors, and "
      "expect someone to run out from between the cars at any moment without looking.", {"car", "person"}),
@@ -160,7 +159,7 @@ SENTENCES = (
     ("The car is moving forward because the car in front has started to move.", {"car"}),
     ("The car stops to let a woman with a stroller cross.", {"person"}),
     ("The car gives way to a cyclist who is going straight.", {"bicycle", "person"}),
-    ("The car goes around the bus because it has stopped to pick up passengers.", {"bus", "person"}),
+    ("The car goes around the bus because it has stopped at the bus stop.", {"bus"}),
     ("The car continues straight because the light is green and the crossing is empty.", {"traffic light"}),
     ("The car inches forward in heavy traffic because it is close to the car ahead.", {"car"}),
     ("The car is parked on the side of the street.", set()),
