@@ -7,6 +7,7 @@ What is said beyond a class's presence (counts, sides, motion, colours) follows 
 over the frames. Whatever leaves a doubt about one of a class's objects adds "unknown" to what is said of the class.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Set
@@ -32,7 +33,11 @@ FIRST_REACH = 2.5  # the same for its second box, when its motion is not known y
 MAX_GAP = 2  # frames from one box of a track to its next: one may be missed
 MAX_GROWTH = 2.5  # by this factor the size may change from box to box
 RIVAL = 0.7  # another box that is nearly as close (distance + RIVAL) makes it unsure which of them is the object
-TWIN_IOU = 0.6  # boxes of one class that overlap more may be one object
+TWIN_COVER = 0.6  # of two boxes of one class, one covers so much of the smaller that they may be one object
+SAME_IOU = 0.5  # a weak box that overlaps a sure one of its class so much is the same object, seen twice
+INSIDE = 0.85  # a vehicle's box that lies so far within a more confident one of another kind may be a part of it
+CLOSE_COVER = 0.15  # boxes of a class that cover more of each other may be a pair with a false box across it
+SURE_BOXES = 2  # a single box, however sure, may be a false one: it makes a class present, but tells no more of it
 
 # Sides: centres this far from the middle, as shares of the picture's width, are beside it; between the two, unknown.
 BESIDE, PERHAPS_BESIDE = 0.09, 0.05
@@ -40,7 +45,7 @@ BESIDE, PERHAPS_BESIDE = 0.09, 0.05
 GROWS, PERHAPS_GROWS = 1.45, 1.12
 SHIFTS = 0.15  # a shift of the centre by this share of the width that ends on no other side is unknown, not standing
 STAYS, STAYS_FACTOR = 0.02, 1.08  # what stands beside a traffic light that stands in the picture, stands
-EDGE = 0.01  # a box this close to the picture's edge is cut off
+EDGE = 0.015  # a box this close to the picture's edge is cut off
 # Colours and lights: readings that it takes, and by how much the first must outnumber the second.
 COLOUR_READINGS, COLOUR_MARGIN = 2, 3.0
 LIGHT_HEIGHT = 0.03  # share of the picture's height from which a light should be readable
@@ -244,8 +249,8 @@ def link_tracks(record: dict, settings: DetectorSettings) -> dict[str, list[Trac
     """The tracks of each class, of boxes from absent_confidence on.
 
     In each frame, boxes are given to the tracks to which they are closest, sure boxes before weak ones; a box that fits
-    no track begins one. A track is sure by the rule by which a class is present: present_frames sure boxes, or a strong
-    one. Boxes of doubtful name (`merge_bodies`) and twins of a better box count as weak.
+    no track begins one. A track is sure with SURE_BOXES boxes of present_confidence (present_frames, if that is more).
+    Boxes that may be a part, or a second sight, of a better box count as weak.
     """
     tracks: dict[str, list[Track]] = {}
     for number, frame in enumerate(record["frames"]):
@@ -254,9 +259,15 @@ def link_tracks(record: dict, settings: DetectorSettings) -> dict[str, list[Trac
     for group in tracks.values():
         for track in group:
             sure = sum(step.confidence >= settings.present_confidence for step in track.steps)
-            strong = max(step.confidence for step in track.steps) >= settings.strong_confidence
-            track.sure = strong or sure >= settings.present_frames
+            track.sure = sure >= max(SURE_BOXES, settings.present_frames)
     return tracks
+
+
+def cover(a: list[float], b: list[float]) -> float:
+    """Share of the smaller of two boxes [x1, y1, x2, y2] that the other covers."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return max(width, 0.0) * max(height, 0.0) / smaller if smaller > 0 else 0.0
 
 
 def _frame_steps(number: int, frame: dict, settings: DetectorSettings) -> dict[str, list[Step]]:
@@ -265,11 +276,18 @@ def _frame_steps(number: int, frame: dict, settings: DetectorSettings) -> dict[s
     colours = frame.get("colours") or [None] * len(boxes)
     order = sorted(range(len(boxes)), key=lambda index: -boxes[index][1])  # as merge_bodies sorts them
     found: dict[str, list[Step]] = {}
+    bodies: list[tuple[str, list[float]]] = []
     for (name, confidence, box, whole), index in zip(merge_bodies(boxes, settings.merge_iou), order, strict=True):
-        if confidence >= settings.absent_confidence:
-            steps = found.setdefault(name, [])
-            twin = any(iou(box, step.box) >= TWIN_IOU for step in steps)
-            steps.append(Step(number, confidence if whole and not twin else 0.0, box, colours[index]))
+        if confidence < settings.absent_confidence:
+            continue
+        steps = found.setdefault(name, [])
+        if confidence < settings.present_confidence and any(iou(box, step.box) >= SAME_IOU for step in steps):
+            continue
+        doubtful = not whole or any(cover(box, step.box) >= TWIN_COVER for step in steps)
+        if name in VEHICLE_BODIES:
+            doubtful |= any(other != name and cover(box, body) >= INSIDE for other, body in bodies)
+            bodies.append((name, box))
+        steps.append(Step(number, 0.0 if doubtful else confidence, box, colours[index]))
     return found
 
 
@@ -315,7 +333,7 @@ def clip_facts(record: dict, settings: DetectorSettings, present: Set[str]) -> d
         if name in MOVABLE:
             values["motion"] = doubt.union(*(track_motion(track, still) for track in sure))
         if name in VEHICLE_BODIES:
-            values["colours"] = doubt | {track_colour(track) for track in sure}
+            values["colours"] = doubt | {track_colour(track, settings.present_confidence) for track in sure}
         for kind, found in values.items():
             if kind in facts and found - {"unknown"}:  # nothing but doubt says nothing
                 facts[kind][name] = found
@@ -327,9 +345,20 @@ def clip_facts(record: dict, settings: DetectorSettings, present: Set[str]) -> d
 
 
 def most_at_once(tracks: list[Track], confidence: float) -> int:
-    """The most boxes of these tracks that one frame has with this confidence or more; 0 without tracks."""
-    frames = Counter(step.frame for track in tracks for step in track.steps if step.confidence >= confidence)
-    return max(frames.values(), default=0)
+    """The most boxes of these tracks that one frame has side by side, with this confidence or more; 0 if none has.
+
+    Frames in which the boxes overlap are left out: where two objects meet, detectors see a third between them.
+    """
+    frames: dict[int, list[Step]] = {}
+    for track in tracks:
+        for step in track.steps:
+            frames.setdefault(step.frame, []).append(step)
+    most = 0
+    for steps in frames.values():
+        apart = all(cover(a.box, b.box) < CLOSE_COVER for a, b in itertools.combinations(steps, 2))
+        if apart:
+            most = max(most, sum(step.confidence >= confidence for step in steps))
+    return most
 
 
 def side_of(centre: float) -> set[str]:
@@ -382,9 +411,12 @@ def track_motion(track: Track, still: Set[int]) -> set[str]:
 
 def growth(steps: list[Step]) -> tuple[float, float]:
     """(largest factor by which an object grows, by which it shrinks) from one of its boxes to a later one; 1: not at
-    all. Its height is compared, or its width where all heights are cut off by the picture's edge."""
-    sizes = [step.box[3] - step.box[1] for step in steps if step.box[1] > EDGE and step.box[3] < 1 - EDGE]
-    if len(sizes) < 2:
+    all. Heights are compared, of boxes that the picture's edge does not cut off if there are enough, else widths."""
+    whole = [step.box for step in steps if min(step.box) > EDGE and max(step.box) < 1 - EDGE]
+    sizes = [box[3] - box[1] for box in whole]
+    if len(sizes) < 3:  # cut off at one side of the picture, it still has the other side's length
+        sizes = [step.box[3] - step.box[1] for step in steps if step.box[1] > EDGE and step.box[3] < 1 - EDGE]
+    if len(sizes) < 3:
         sizes = [step.box[2] - step.box[0] for step in steps if step.box[0] > EDGE and step.box[2] < 1 - EDGE]
     grows = shrinks = 1.0
     for index, size in enumerate(sizes):
@@ -400,24 +432,28 @@ def stays(steps: list[Step]) -> bool:
     return len(steps) >= 3 and max(centres) - min(centres) <= STAYS and max(grows, shrinks) <= STAYS_FACTOR
 
 
-def track_colour(track: Track) -> str:
-    """The colour that its readings agree on, or "unknown"."""
-    votes = Counter(step.colour for step in track.steps if step.colour)
+def track_colour(track: Track, confidence: float) -> str:
+    """The colour that its readings in boxes of this confidence or more agree on, or "unknown"."""
+    votes = Counter(step.colour for step in track.steps if step.colour and step.confidence >= confidence)
     (first, most), (_, next_most) = [*votes.most_common(2), ("unknown", 0), ("unknown", 0)][:2]
     return first if most >= max(COLOUR_READINGS, COLOUR_MARGIN * next_most) else "unknown"
 
 
 def light_states(record: dict, settings: DetectorSettings) -> tuple[str, ...] | None:
     """Colours of the traffic lights in the order of time, repeats merged; "unknown" for frames in which a light that is
-    large enough could not be read. None if no light was ever read."""
-    states: list[str] = []
-    before: set[str] = set()
+    large enough could not be read, or in which one that may be none shows another colour. None if none was read."""
+    frames = []  # for each frame, (True if the box is sure, reading or None) of each light that should be readable
     for frame in record["frames"]:
         colours = frame.get("colours") or [None] * len(frame["boxes"])
-        shown = set()
-        for (class_id, confidence, _, y1, _, y2), colour in zip(frame["boxes"], colours, strict=True):
-            if COCO_NAMES[class_id] == "traffic light" and confidence >= settings.present_confidence:
-                shown |= {colour} if colour else {"unknown"} if y2 - y1 >= LIGHT_HEIGHT else set()
+        frames.append([(confidence >= settings.present_confidence, colour)
+                       for (class_id, confidence, _, y1, _, y2), colour in zip(frame["boxes"], colours, strict=True)
+                       if COCO_NAMES[class_id] == "traffic light" and confidence >= settings.absent_confidence
+                       and (colour or y2 - y1 >= LIGHT_HEIGHT)])
+    read = {colour for lights in frames for sure, colour in lights if sure and colour}
+    states: list[str] = []
+    before: set[str] = set()
+    for lights in frames:
+        shown = {colour if sure and colour else "unknown" for sure, colour in lights if sure or colour not in read}
         states += [state for state in (*LIGHTS, "unknown") if state in shown - before and states[-1:] != [state]]
         before = shown
     if record.get("sparse"):
