@@ -5,7 +5,8 @@
 Attacks: each family of FAMILIES makes the faithful captions of bench/attack_scenes.py wrong. A wrong caption is scored
 with the faithful one as reference; it loses if its reward is lower, and a win is a way to be paid for a wrong caption.
 Kind "checked": evidence or reference say that it is wrong. Kind "language": only the wording is, which in training the
-likelihood under stage 2 judges, not the reward.
+likelihood under stage 2 judges, not the reward. Kind "control": changes that stay true. How often these lose says how
+much of a family's losses come from any change at all, not from what is wrong in it.
 
 Climb: random edits of faithful captions, each kept unless the reward falls. With all edits, then with only sentences
 inserted, which is what is left if the likelihood forbids broken language.
@@ -15,7 +16,7 @@ Constant: the best caption that can be put together without a look at the clip.
 Honest: the texts of bench/honest_lines.py, with the classes that they name as evidence. An R_obj or R_hall below 0.95
 means that a true text is taken for a false one, or for none.
 
-Prints one table for each and writes one JSON file. --list prints the attacks that do not lose.
+Prints one table for each and writes one JSON file. --list prints the attacks that do not lose and the controls that do.
 """
 
 import argparse
@@ -50,6 +51,9 @@ BOILERPLATE = ("The scene shows a typical driving situation in which the driver 
 OPENINGS = re.compile(r"^(then|after that|finally|meanwhile|at first|once|and finally|and then),? ", re.I)
 CONNECTIVES = ("Then", "Meanwhile", "Therefore", "After that", "Next", "Finally", "As a result", "Subsequently")
 HEDGES = ("Perhaps", "Possibly", "It may be that", "Maybe")
+
+REWORDINGS = (("Then ", "After this "), ("ego vehicle", "camera car"), (" ahead", " in front"),
+              ("pedestrian", "walker"), ("approaches", "comes closer"), ("intersection", "junction"), ("stop.", "come to a stop."))
 
 THINGS = ("the car", "a red car", "a white truck", "the bus", "a pedestrian", "two cyclists", "the traffic light",
           "a motorcycle", "the ego vehicle", "a black car", "three people", "the train", "a dog", "the silver car")
@@ -152,6 +156,11 @@ def boilerplate(scene, mode, text, draw):
     return [text + " " + " ".join(filler[:round(words * 0.42 / 0.58)]).rstrip(".,") + "."]
 
 
+def reworded(scene, mode, text, draw):
+    """The text with each of a few words replaced by others that mean the same."""
+    return [text.replace(old, new) for old, new in REWORDINGS if old in text]
+
+
 def introductions(text: str) -> list[str]:
     names = [mention.object for mention in find_mentions(text) if not mention.negated]
     return list(dict.fromkeys(names))
@@ -240,7 +249,11 @@ FAMILIES: dict[str, tuple[str, Family]] = {
     "words doubled": ("language", broken("double")),
     "words swapped": ("language", broken("swap")),
     "words shuffled": ("language", broken("shuffle")),
+    "true, of an object": ("control", sentences("The {present} is in view")),
+    "true, of the road": ("control", sentences("The road goes on")),
+    "true rewording": ("control", reworded),
 }
+KINDS = ("checked", "language", "control")
 
 
 @dataclass(frozen=True)
@@ -280,12 +293,12 @@ def summary(found: list[Attack]) -> dict:
 
 
 def attack_table(found: list[Attack]) -> dict[str, dict]:
-    """Family -> summary with its kind; then "all", "checked" and "language"."""
+    """Family -> summary with its kind; then "all attacks" and each kind."""
     table = {}
     for family, (kind, _) in FAMILIES.items():
         table[family] = summary([attack for attack in found if attack.family == family]) | {"kind": kind}
-    table["all"] = summary(found) | {"kind": ""}
-    for kind in ("checked", "language"):
+    table["all attacks"] = summary([attack for attack in found if attack.kind != "control"]) | {"kind": ""}
+    for kind in KINDS:
         table[kind] = summary([attack for attack in found if attack.kind == kind]) | {"kind": kind}
     return table
 
@@ -424,18 +437,21 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, default=Path("output/bench/reward_attacks.json"), help="JSON to write")
     parser.add_argument("--climb_steps", type=int, default=300, help="random edits of each faithful caption; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of broken language, climb and constant captions")
-    parser.add_argument("--list", action="store_true", help="print the attacks that do not lose")
+    parser.add_argument("--list", action="store_true", help="print attacks that do not lose, controls that do")
     args = parser.parse_args(argv)
     found = attacks(args.seed)
-    results = {"attacks": attack_table(found), "honest": honest(),
+    by_mode = {}
+    for mode in MODES:
+        by_mode[mode] = attack_table([attack for attack in found if attack.mode == mode])
+    results = {"attacks": attack_table(found), "by_mode": by_mode, "honest": honest(),
                "constant": [best_constant(mode, args.seed) for mode in MODES],
                "climb": [climbs(args.climb_steps, args.seed, moves) for moves in (EDITS, ("insert",))]}
     print_attacks(results["attacks"])
     print_rest(results)
-    kept = [attack for attack in found if attack.outcome != "lose"]
+    kept = [attack for attack in found if (attack.outcome == "lose") == (attack.kind == "control")]
     for attack in kept if args.list else ():
         print(f"{attack.family} | {attack.scene}, {attack.mode} | {attack.difference:+.3f} | {attack.text}")
-    results["not_lost"] = [vars(attack) for attack in kept]
+    results["listed"] = [vars(attack) for attack in kept]
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
 
