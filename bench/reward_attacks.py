@@ -53,7 +53,8 @@ CONNECTIVES = ("Then", "Meanwhile", "Therefore", "After that", "Next", "Finally"
 HEDGES = ("Perhaps", "Possibly", "It may be that", "Maybe")
 
 REWORDINGS = (("Then ", "After this "), ("ego vehicle", "camera car"), (" ahead", " in front"),
-              ("pedestrian", "walker"), ("approaches", "comes closer"), ("intersection", "junction"), ("stop.", "come to a stop."))
+              ("pedestrian", "walker"), ("approaches", "comes closer"), ("intersection", "junction"),
+              ("stop.", "come to a stop."))
 
 THINGS = ("the car", "a red car", "a white truck", "the bus", "a pedestrian", "two cyclists", "the traffic light",
           "a motorcycle", "the ego vehicle", "a black car", "three people", "the train", "a dog", "the silver car")
