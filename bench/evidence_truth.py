@@ -126,8 +126,8 @@ def measure(truth, evidence):
             for name, said, true in items(kind, evidence[video], facts):
                 verdict = compare(said, true, facts["brief"] if kind == "light" else ())
                 group = (" by night" if script.night else " by day") if kind in BY_LIGHT else ""
-                if kind == "counts" and true:
-                    group = " of one" if true == [1] else " of more"
+                if kind == "counts":
+                    group = " of one" if (true or said) == [1] else " of more"
                 counts = lines.setdefault(kind + group, Counter())
                 counts[verdict] += 1
                 counts["in truth"] += bool(true)

@@ -31,7 +31,7 @@ NIGHT_LAMP = 180  # brightest channel from which a pixel of a dark frame belongs
 # Shares of the band. Windows, tyres and shadows are dark on any vehicle, and a road in the box is grey.
 BODY_SHARE = {"white": 0.35, "grey": 0.6, "black": 0.6}
 CHROMATIC_SHARE = 0.35
-MAX_ON_BLACK = {"red": 0.25}  # a black body may have red lamps; of any other colour, no more than OTHER_ON_BLACK
+MAX_ON_BLACK = {"red": 0.2}  # a black body may have red lamps; of any other colour, no more than OTHER_ON_BLACK
 OTHER_ON_BLACK = 0.1
 MARGIN = 2.0  # the second colour must be this many times rarer
 LAMP_SHARE = 0.025  # of the box's pixels
@@ -118,7 +118,8 @@ def frame_colours(frame: np.ndarray, boxes: list[list[float]]) -> list[str | Non
         if min(pixels.shape[:2]) > 0 and name == "traffic light":
             colour = light_colour(pixels)
         elif min(pixels.shape[:2]) > 0 and name in VEHICLE_BODIES and _covered(row, boxes) <= MAX_COVERED:
-            colour = vehicle_colour(pixels, daylight)
+            if y1 > 0 and y2 < height:  # cut off above or below, a dark bumper is where the body should be
+                colour = vehicle_colour(pixels, daylight)
         found.append(colour)
     return found
 

@@ -333,7 +333,7 @@ def clip_facts(record: dict, settings: DetectorSettings, present: Set[str]) -> d
         if name in MOVABLE:
             values["motion"] = doubt.union(*(track_motion(track, still) for track in sure))
         if name in VEHICLE_BODIES:
-            values["colours"] = doubt | {track_colour(track, settings.present_confidence) for track in sure}
+            values["colours"] = doubt.union(*(track_colours(track, settings.present_confidence) for track in sure))
         for kind, found in values.items():
             if kind in facts and found - {"unknown"}:  # nothing but doubt says nothing
                 facts[kind][name] = found
@@ -432,11 +432,14 @@ def stays(steps: list[Step]) -> bool:
     return len(steps) >= 3 and max(centres) - min(centres) <= STAYS and max(grows, shrinks) <= STAYS_FACTOR
 
 
-def track_colour(track: Track, confidence: float) -> str:
-    """The colour that its readings in boxes of this confidence or more agree on, or "unknown"."""
+def track_colours(track: Track, confidence: float) -> set[str]:
+    """The colour that the readings in boxes of this confidence or more agree on, or "unknown"; both where some of the
+    boxes may be another object's, whose colour was not read."""
     votes = Counter(step.colour for step in track.steps if step.colour and step.confidence >= confidence)
     (first, most), (_, next_most) = [*votes.most_common(2), ("unknown", 0), ("unknown", 0)][:2]
-    return first if most >= max(COLOUR_READINGS, COLOUR_MARGIN * next_most) else "unknown"
+    if most < max(COLOUR_READINGS, COLOUR_MARGIN * next_most):
+        return {"unknown"}
+    return {first, "unknown"} if track.tangled else {first}
 
 
 def light_states(record: dict, settings: DetectorSettings) -> tuple[str, ...] | None:

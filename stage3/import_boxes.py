@@ -9,6 +9,7 @@ The labels stand where a detector's weights stand: with `detector: {weights: lab
 YAML, stage 3 and evaluate.py read what is imported here. `classes` says what each class of the labels is in our
 words; a class that the labels do not have counts as unknown in every clip, never as absent.
 
+Scalabel's `attributes.trafficLightColor` is taken over as what the lights show; other formats do not tell colours.
 A clip is found by its name (file name without suffix); a frame's time by its timestamp (Scalabel), else by the number
 at the end of its name: a frame of the clip, or with --label_fps N one of N in a second.
 """
@@ -39,13 +40,15 @@ from stage3.detect_objects import (
 )
 
 OUTSIDE = 0.02  # how far a box may reach outside the frame, as a share of its side: labels are rounded
+LIGHT_STATES = {"red": "red", "yellow": "amber", "green": "green"}  # BDD100K's; "none" and "NA" are not known
 LONGEST_GAP = 0.15  # labels with a longer gap than this share of the clip may have missed something in between
 
 
 @dataclass
 class LabelledFrame:
     """One frame as the labels have it: `number` in the clip or `seconds` from its start, and boxes
-    [name, confidence, x1, y1, x2, y2], in pixels of `size` or, where that is None, of the clip's own size."""
+    [name, confidence, x1, y1, x2, y2], in pixels of `size` or, where that is None, of the clip's own size. colours:
+    what the labels say of each box (the state of a traffic light, else None), or None where they know no colours."""
 
     clip: str
     where: str
@@ -53,6 +56,7 @@ class LabelledFrame:
     number: int | None = None
     seconds: float | None = None
     size: tuple[float, float] | None = None
+    colours: list[str | None] | None = None
 
 
 # ---- the formats -----------------------------------------------------------------------------------------------------
@@ -78,15 +82,19 @@ def read_scalabel(path: Path) -> list[LabelledFrame]:
             clip, number = split_name(row["name"])
             size = row.get("size") or default
             seconds = row["timestamp"] / 1000 if row.get("timestamp") is not None else None
-            boxes = []
+            boxes, colours = [], []
             for label in row.get("labels") or []:
                 if (box := label.get("box2d")) is not None:  # others are lanes, areas, masks
                     corners = [float(box[key]) for key in ("x1", "y1", "x2", "y2")]
                     boxes.append([label["category"], float(label.get("score", 1.0)), *corners])
+                    colours.append(LIGHT_STATES.get((label.get("attributes") or {}).get("trafficLightColor")))
             frames.append(LabelledFrame(
                 row.get("videoName") or clip, f"{file.name}, frame {row['name']}", boxes,
                 row["frameIndex"] if row.get("frameIndex") is not None else number, seconds,
-                (float(size["width"]), float(size["height"])) if size else None))
+                (float(size["width"]), float(size["height"])) if size else None, colours))
+    if not any(colour for frame in frames for colour in frame.colours or []):
+        for frame in frames:  # these labels do not know lights, which is not the same as not having read them
+            frame.colours = None
     return frames
 
 
@@ -180,19 +188,23 @@ def frame_time(frame: LabelledFrame, times, label_fps: float | None) -> float:
     return min(seconds / max(float(times[-1]), 1e-9), 1.0)
 
 
-def shares(frame: LabelledFrame, own_size, ids: dict[str, int | None]) -> list[list[float]]:
-    """The boxes of a frame as a record has them: [class id, confidence, x1, y1, x2, y2] in shares of the frame."""
+def shares(frame: LabelledFrame, own_size, ids: dict[str, int | None]) -> dict:
+    """The boxes of a frame as a record has them: {"boxes": [[class id, confidence, x1, y1, x2, y2], ...]} in shares of
+    the frame, and "colours" beside them where the labels know any."""
     width, height = frame.size or own_size
     rows = []
-    for name, confidence, *corners in frame.boxes:
+    colours = [None] * len(frame.boxes) if frame.colours is None else frame.colours
+    for (name, confidence, *corners), colour in zip(frame.boxes, colours, strict=True):
         box = [corner / side for corner, side in zip(corners, (width, height, width, height), strict=True)]
         if min(box) < -OUTSIDE or max(box) > 1 + OUTSIDE or not 0 <= confidence <= 1:
             raise DataError(f"{frame.where}: the box {corners} of a {name} ({confidence}) does not fit into a frame of "
                             f"{width:g} x {height:g}")
         x1, y1, x2, y2 = (round(min(max(share, 0.0), 1.0), 4) for share in box)
         if ids[name] is not None and x1 < x2 and y1 < y2:
-            rows.append([ids[name], round(confidence, 4), x1, y1, x2, y2])
-    return sorted(rows, key=lambda row: -row[1])
+            rows.append(([ids[name], round(confidence, 4), x1, y1, x2, y2], colour))
+    rows.sort(key=lambda row: -row[0][1])
+    found = {"boxes": [box for box, _ in rows]}
+    return found if frame.colours is None else found | {"colours": [colour for _, colour in rows]}
 
 
 def make_record(video: str, path: Path, frames: list[LabelledFrame], ids, label_fps) -> dict:
@@ -200,7 +212,7 @@ def make_record(video: str, path: Path, frames: list[LabelledFrame], ids, label_
     with Clip(path) as clip:
         times, size = clip.times, clip.size
     rows = [{"index": frame.number or 0, "time": round(frame_time(frame, times, label_fps), 4),
-             "boxes": shares(frame, size, ids)} for frame in frames]
+             **shares(frame, size, ids)} for frame in frames]
     rows.sort(key=lambda row: row["time"])
     moments = [0.0, *(row["time"] for row in rows), 1.0]
     gap = max(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
