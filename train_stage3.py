@@ -28,7 +28,8 @@ from accelerate.utils import gather_object
 from dataset import MODES
 from model import DriveVLM, ModelError, resolve_dtype
 from stage3.detect_objects import evidence_problems, frames_problems, get_evidence
-from stage3.grpo import SUMS, check_shared_prefix, load_reference, policy_logps, reference_policy, training_pass
+from stage3.grpo import SUMS, check_shared_prefix, load_reference, training_pass
+from stage3.language import judge_language, usual_nll
 from stage3.report import write_report
 from stage3.rollout import (
     RolloutSampler,
@@ -89,8 +90,13 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     sampler = RolloutSampler(config, accelerator, model, run.folder, evidence, reward, failed_clips)
     total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
     run.print(f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers")
+    usual = (state.get("usual_nll") or usual_nll(config, model, sampler, prompts)) if config.judge_language else None
+    if usual:
+        run.print("sound language, by the NLL of the worst tokens under stage 2: up to "
+                  + ", ".join(f"{nll:.2f} ({mode})" for mode, nll in usual.items()))
     save = functools.partial(loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3,
-                             failed_clips=failed_clips, init_from=config.init_from, reference_sha256=reference_hash)
+                             failed_clips=failed_clips, init_from=config.init_from, reference_sha256=reference_hash,
+                             usual_nll=usual)
 
     # ---- the loop: step 0 only evaluates, which gives the baseline. Resumed from a path, dead steps count from 0 again
     dead_steps, began = state.get("dead_steps", 0) if config.resume == "auto" else 0, time.perf_counter()
@@ -98,7 +104,8 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
         if step > first_step:
             loop.set_learning_rates(optimizer, {"lora": config.learning_rate},
                                     loop.learning_rate_factor(config, step - 1, total_steps))
-            values, records, live, problem = train_step(config, accelerator, model, optimizer, sampler, prompts, step)
+            values, records, live, problem = train_step(config, accelerator, model, optimizer, sampler, prompts, usual,
+                                                        step)
             values["seconds_left"] = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
             log_step(run, step, total_steps, values)
             run.log_rollouts(records)
@@ -159,11 +166,13 @@ def build_model(config, checkpoint, device):
     return model, reference_hash
 
 
-def train_step(config, accelerator, model, optimizer, sampler, prompts, step):
+def train_step(config, accelerator, model, optimizer, sampler, prompts, usual, step):
     """Sample, score, update. Returns (numbers for the log, records of all ranks, number of groups with something to
     learn from, None or why the run must stop)."""
     start = time.perf_counter()
     rollouts = sampler.roll_out(prompts, step)  # this rank's prompts, G scored answers each
+    if config.beta > 0 or usual:
+        judge_language(config, model, rollouts, usual)
     records = gather_records(rollouts)
     totals = compute_advantages(config, rollouts, records, sampler.prompts_per_rank)  # over the prompts of all ranks
     sampled = time.perf_counter()
@@ -188,16 +197,12 @@ def update(config, accelerator, model, optimizer, rollouts, totals):
     size = config.per_device_batch_size
     passes = [rollouts[start:start + size] for start in range(0, len(rollouts), size)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ref_logps, old_logps = [None] * len(passes), [None] * len(passes)
-    if config.beta > 0:
-        with torch.no_grad(), reference_policy(model):
-            ref_logps = [policy_logps(config, model, batch)[0] for batch in passes]
+    old_logps = [None] * len(passes)
     for _ in range(config.inner_epochs):
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for i, batch in enumerate(passes):
-            loss, old_logps[i] = training_pass(config, model, batch, answer_limits(config), old_logps[i], ref_logps[i],
-                                               totals, sums)
+            loss, old_logps[i] = training_pass(config, model, batch, answer_limits(config), old_logps[i], totals, sums)
             losses.append(loss)
         stats["loss"] = loop.sum_gradients(accelerator, trained, sum(losses))
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()

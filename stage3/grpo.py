@@ -293,7 +293,17 @@ def policy_logps(config, model, batch):
                             shared_prefix=config.shared_prefix)
 
 
-def training_pass(config, model, batch, limits, old_logps, ref_logps, totals, sums):
+def reference_logps(config, batch):
+    """Log-probs of the completions under the reference policy [N, T], from stage3/language.py; None without KL."""
+    if config.beta == 0:
+        return None
+    rows = []
+    for rollout in batch:
+        rows += list(rollout.ref_logps)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def training_pass(config, model, batch, limits, old_logps, totals, sums):
     """Forward and backward over some rollouts; gradients of their share of the step's loss add up in the parameters.
 
     The step's loss is the mean over modes, weighted by `mode_weights`, of each mode's own loss: else the long answers
@@ -302,6 +312,7 @@ def training_pass(config, model, batch, limits, old_logps, ref_logps, totals, su
     (None: this is it). Statistics are added to `sums`. Returns (the share of the loss, old_logps).
     """
     logps, entropy, mask = policy_logps(config, model, batch)  # [N, T]
+    ref_logps = reference_logps(config, batch)  # [N, T]
     advantages = torch.cat([rollout.advantages for rollout in batch]).to(logps.device)  # [N]
     kept = torch.cat([rollout.kept for rollout in batch]).to(logps.device)  # [N]
     first_pass = old_logps is None

@@ -85,6 +85,9 @@ def group_values(records: list[dict], config: Stage3Config) -> dict:
     answers = []
     for record in sorted(records, key=lambda record: -record["reward"]):
         spans = [(start, end, verdict, f"{name}: {verdict}") for name, verdict, start, end in record["mentions"]]
+        for what, verdict, start, end in record.get("claims", ()):
+            kind = "unsupported" if verdict == "contradicted" else verdict
+            spans.append((start, end, kind, f"{what}: {verdict}"))
         answers.append({**record, "marked": highlight(record["text"], spans)})
     return {"video": first["video"], "mode": first["mode"], "colour": MODE_TABLE[first["mode"]].colour,
             "evidence": first["evidence"], "frames": frames, "no_picture": no_picture, "answers": answers}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset import DataError, load_split
 from stage3.evidence import Evidence
 from stage3.grpo import has_variance
-from stage3.rollout import load_reward, score_text, step_advantages
+from stage3.rollout import load_reward, reference_text, score_text, step_advantages
 from training.common import DriveVLMError
 
 SHOWN = 5  # answers whose advantage changes most
@@ -42,7 +42,7 @@ def rescore(records: list[dict], references: dict[str, str], reward, config) -> 
         if reference is None:
             raise DriveVLMError(f"{config.data} has no caption of {record['id']} any more")
         total, _ = score_text(record["text"], evidence, record["mode"], reference, reward, config.reward_weights)
-        scored.append(record | {"new_reward": total})
+        scored.append(record | {"new_reward": total * record.get("language", 1.0)})
     steps = defaultdict(list)
     for group in groups_of(scored):
         steps[group[0]["step"]].append(group)
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     problems = [problem] if problem else []
     try:
         train, held_out = load_split(config)
-        references = {entry.id: entry.captions[0] for entry in [*train, *held_out]}
+        references = {entry.id: reference_text(entry) for entry in [*train, *held_out]}
     except (DataError, OSError) as error:
         problems.append(f"data: {error}")
     if problems:

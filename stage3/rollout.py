@@ -38,7 +38,7 @@ from stage3.grpo import (
     has_variance,
     sees,
 )
-from stage3.grpo_reward_func import label_mentions
+from stage3.grpo_reward_func import label_facts, label_mentions
 from training.common import TrainingError, stable_seed
 from training.loop import clock, mean_losses, require_finite, sum_over_ranks
 
@@ -65,6 +65,7 @@ class Rollout:
     records: list[dict]  # one per completion: its line of rollouts.jsonl
     advantages: torch.Tensor | None = None  # float32 [G]; None: nothing to learn from this group
     kept: torch.Tensor | None = None  # bool [G]: completions that count in the loss
+    ref_logps: torch.Tensor | None = None  # [G, T] under stage 2's adapter, right padded; see stage3/language.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,6 +255,11 @@ def score_text(text, evidence, mode, reference, reward, weights) -> tuple[float,
     return sum(weight * parts[name] for name, weight in weights.items()), parts
 
 
+def reference_text(entry) -> str:
+    """What vouches for verbs, attributes and scene facts: all of the entry's captions, which are variants of one."""
+    return "\n".join(entry.captions)
+
+
 def answer_limits(config):
     """{mode: longest answer in tokens}: `max_new_tokens`, else the mode's own limit."""
     return {mode: config.max_new_tokens.get(mode, info.max_new_tokens) for mode, info in MODE_TABLE.items()}
@@ -283,7 +289,7 @@ class RolloutSampler:
         chosen = prompts_of_step(prompts, step - 1, self.prompts_per_step, config.modes, config.seed)
         first = self.accelerator.process_index * self.prompts_per_rank
         asked = {slot: chosen[slot] for slot in range(first, first + self.prompts_per_rank)}
-        visual, errors = self._read_clips(asked)
+        visual, errors = self.read_clips(asked)
         self.failed_clips.add(self.accelerator, errors)
         slots = [slot for slot in asked if slot in visual]
         if not slots:
@@ -305,7 +311,7 @@ class RolloutSampler:
             rollouts.append(Rollout(slot, asked[slot], group, completions, records))
         return rollouts
 
-    def _read_clips(self, asked):
+    def read_clips(self, asked):
         """({slot: visual tokens [N, D]} of the clips that can be read, what is wrong with the others)."""
         visual, errors = {}, []
         for slot, entry in asked.items():
@@ -319,7 +325,7 @@ class RolloutSampler:
         """The answer's line of rollouts.jsonl, except its place in the step. A reward that fails ends the run."""
         evidence = self.evidence[entry.video]
         try:
-            total, parts = score_text(completion.text, evidence, entry.mode, entry.captions[0], self.reward,
+            total, parts = score_text(completion.text, evidence, entry.mode, reference_text(entry), self.reward,
                                       self.config.reward_weights)
         except Exception as error:  # whatever a user's function raises: it must not become a reward of 0
             raise TrainingError(f"reward {self.config.reward} failed on {entry.id}, {completion.text[:200]!r}: "
@@ -327,9 +333,10 @@ class RolloutSampler:
         require_finite(total, "reward", [entry.id])
         mentions = [[mention.object, verdict, mention.start, mention.end]
                     for mention, verdict in label_mentions(completion.text, evidence)]
+        claims = [list(label) for label in label_facts(completion.text, evidence)]
         return {"id": entry.id, "video": entry.video, "mode": entry.mode, "text": completion.text,
                 "tokens": len(completion.ids), "ended": completion.ended, "reward": total, **parts,
-                "mentions": mentions, "evidence": evidence_dict(evidence)}
+                "mentions": mentions, "claims": claims, "evidence": evidence_dict(evidence)}
 
     @torch.no_grad()
     def evaluate(self, held_out) -> dict[str, float]:
@@ -347,7 +354,7 @@ class RolloutSampler:
 
     def _evaluate_batch(self, entries, sums) -> list[str]:
         """Add one batch's losses and rewards to `sums`; returns the errors of unreadable clips."""
-        visual, errors = self._read_clips(dict(enumerate(entries)))
+        visual, errors = self.read_clips(dict(enumerate(entries)))
         entries = [entry for i, entry in enumerate(entries) if i in visual]
         if not entries:
             return errors
@@ -459,6 +466,10 @@ def describe(config, records, totals) -> dict[str, float]:
         if own:
             values[f"length/{mode}"] = sum(record["tokens"] for record in own) / len(own)
             values[f"truncated/{mode}"] = sum(not record["ended"] for record in own) / len(own)
+        judged = [record for record in own if "nll" in record]
+        for name in ("nll", "worst_nll", "language") if judged else ():
+            if name in judged[0]:
+                values[f"{name}/{mode}"] = sum(record[name] for record in judged) / len(judged)
     return values
 
 
@@ -488,6 +499,8 @@ def curve_panels(config):
         "std of a group's rewards, share of dead groups": ["reward_std", "dead_groups"],
         "KL to stage 2, nats per token": ["kl"],
         "entropy, nats per token": ["entropy"],
+        "NLL under stage 2: mean, worst tokens": [*(f"nll/{mode}" for mode in MODES),
+                                                  *(f"worst_nll/{mode}" for mode in MODES)],
         "tokens per answer": [f"length/{mode}" for mode in MODES],
         "share cut off, share clipped": [*(f"truncated/{mode}" for mode in MODES), "clip"],
         "loss on held-out captions": ["eval_loss"],

@@ -200,7 +200,7 @@ def test_statistics_of_a_step_are_means_over_tokens_and_inner_epochs(monkeypatch
                              weights={"copilot": 1.0})
     sums, old = dict.fromkeys(stage3.grpo.SUMS, 0.0), None
     for _ in range(2):
-        _, old = training_pass(config, None, [rollout], {"copilot": 5}, old, None, totals, sums)
+        _, old = training_pass(config, None, [rollout], {"copilot": 5}, old, totals, sums)
     assert sums["tokens"] == 8 and sums["entropy"] / 8 == 2.0
     assert sums["sampler_gap"] / 8 == pytest.approx(0.5)
 

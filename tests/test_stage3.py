@@ -208,11 +208,12 @@ def test_rollouts_hold_answers_rewards_and_evidence(finished):
         assert len({(r["step"], r["slot"], r["id"]) for r in group}) == 1 and [r["k"] for r in group] == [0, 1, 2, 3]
         expected = group_advantages(torch.tensor([[r["reward"] for r in group]], dtype=torch.float64), std_floor=0.05)
         assert [r["advantage"] for r in group] == pytest.approx(expected[0].tolist())
-    for row in rows:  # the weighted sum, by the run's own weights
-        assert row["reward"] == pytest.approx(1.0 * row["objects"] + 0.5 * row["temporal"])
+    for row in rows:  # the weighted sum, by the run's own weights, times what the answer's language is worth
+        parts = 1.0 * row["objects"] + 0.5 * row["temporal"]
+        assert row["reward"] == pytest.approx(parts * row.get("language", 1.0))
         assert row["hallucination"] == 1
-    assert rows[0]["evidence"] == {"present": ["car"], "unknown": ["truck"], "salient": ["car"],
-                                   "seen": {"car": [0.0, 1.0]}}
+    sets = {key: rows[0]["evidence"][key] for key in ("present", "unknown", "salient", "seen")}
+    assert sets == {"present": ["car"], "unknown": ["truck"], "salient": ["car"], "seen": {"car": [0.0, 1.0]}}
     assert {row["mode"] for row in rows} == set(MODES)
     assert all(row["tokens"] <= (14 if row["mode"] == "microscope" else 8) for row in rows)
     held_out = {name for name in CLIPS if f"{name}.mp4" not in {row["video"] for row in rows}}

@@ -247,6 +247,8 @@ class Stage3Config(TrainKeys):
     epsilon: float = 0.2  # the probability ratio is clipped at 1 - epsilon
     epsilon_high: float = 0.28  # ... and at 1 + epsilon_high
     inner_epochs: int = 1  # updates made with one batch of answers
+    # multiply an answer's reward by 1 to 0 as its worst tokens leave the range of stage 2's own samples
+    judge_language: bool = True
     advantage_scale: Literal["group", "batch", "none"] = "group"  # std that advantages are divided by
     std_floor: float = 0.05  # lower bound on that std, so that tiny reward differences are not amplified
     mask_truncated: bool = True  # exclude truncated answers from the loss (they still count in the group mean)

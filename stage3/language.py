@@ -1,0 +1,88 @@
+"""Is an answer sound language? Judged by its negative log-likelihood under stage 2's frozen adapter.
+
+Stage 2 learnt from sound texts, and the training pass computes its log-probs anyway, for the KL. A broken text of true
+words has a few tokens that stage 2 would never have said there: these part it from sound text far better than the mean
+does. What is usual is measured on stage 2's own samples before training (`usual_nll`); an answer whose worst tokens are
+within that range is paid in full, one that is twice as far out is paid nothing.
+"""
+
+import torch
+
+from dataset import VideoError, encode_prompt
+from stage3.grpo import has_variance, policy_logps, reference_policy
+from stage3.rollout import prompts_of_step, sample_groups
+from training.common import TrainingError, stable_seed
+
+WORST_TOKENS = 3  # the mean of so many of an answer's worst tokens is what counts
+USUAL_PROMPTS = 8  # prompts of each mode that stage 2 answers, `num_generations` times, to measure what is usual
+
+
+def worst_nll(logps, mask):
+    """Mean negative log-likelihood of each row's WORST_TOKENS worst tokens, in nats: logps, mask [N, T] -> [N]."""
+    nll = torch.where(mask, -logps, 0.0)  # [N, T]
+    worst = nll.topk(min(WORST_TOKENS, nll.shape[1]), dim=1).values  # [N, 3]
+    return worst.sum(1) / mask.sum(1).clamp(min=1, max=worst.shape[1])
+
+
+def language_factor(worst, usual):
+    """What an answer is paid, in [0, 1]: 1 up to the largest `worst_nll` that is usual, 0 from twice that."""
+    return min(1.0, max(0.0, 2.0 - worst / max(usual, 1e-6)))
+
+
+@torch.no_grad()
+def usual_nll(config, model, sampler, prompts) -> dict[str, float]:
+    """{mode: the largest `worst_nll` of stage 2's own samples}: a function of the seed, the prompts and stage 2."""
+    modes = sorted(set(config.modes))
+    chosen = prompts_of_step(prompts, 0, USUAL_PROMPTS * len(modes), modes, stable_seed(config.seed, "usual"))
+    usual = {}
+    for mode in modes:
+        entries = [entry for entry in chosen if entry.mode == mode]
+        visual, errors = sampler.read_clips(dict(enumerate(entries)))
+        entries = [entry for i, entry in enumerate(entries) if i in visual]
+        if not entries:
+            raise VideoError(chosen[0].video, f"nor can the other clips of {mode} be read: {errors[0]}")
+        worst = []
+        for entry, tokens in zip(entries, visual.values(), strict=True):
+            seeds = [stable_seed(config.seed, "usual", entry.id, k) for k in range(config.num_generations)]
+            prompt = encode_prompt(model.tokenizer, entry.question, model.num_visual_tokens)
+            with reference_policy(model):
+                (answers,) = sample_groups(model, [prompt], tokens[None], [seeds], [sampler.limits[mode]],
+                                           temperature=config.temperature, shared_prefix=config.shared_prefix)
+            for answer in answers:
+                logps = torch.tensor([answer.logps])  # [1, T]
+                worst.append(worst_nll(logps, torch.ones_like(logps, dtype=torch.bool)).item())
+        usual[mode] = round(max(worst), 2)
+    return usual
+
+
+@torch.no_grad()
+def judge_language(config, model, rollouts, usual):
+    """Log-probs of the rollouts' answers under stage 2, kept in `rollout.ref_logps` [G, T] for the KL; the records get
+    "nll" (mean), "worst_nll" and "language", the factor that their reward is multiplied by.
+
+    NLLs are rounded to hundredths of a nat, so that what a pass happens to hold does not show in rewards. Groups whose
+    rewards are all equal have nothing to teach and cost no forward pass. usual: {mode: nats}, or None: rewards stay as
+    they are. Raises TrainingError where an NLL is not a number.
+    """
+    live = []
+    for rollout in rollouts:
+        rewards = torch.tensor([[record["reward"] for record in rollout.records]], dtype=torch.float64)
+        if has_variance(rewards).item():
+            live.append(rollout)
+    size = config.per_device_batch_size
+    for batch in (live[start:start + size] for start in range(0, len(live), size)):
+        with reference_policy(model):
+            logps, _, mask = policy_logps(config, model, batch)  # [N, T]
+        worst, mean = worst_nll(logps, mask), -(logps * mask).sum(1) / mask.sum(1)
+        row = 0
+        for rollout in batch:
+            rows = slice(row, row + len(rollout.records))
+            rollout.ref_logps = logps[rows, :max(map(len, rollout.group.completion_ids))]
+            for record, nll, most in zip(rollout.records, mean[rows].tolist(), worst[rows].tolist(), strict=True):
+                if nll != nll:
+                    raise TrainingError(f"the NLL under stage 2 of an answer to {record['id']} is not a number")
+                record |= {"nll": round(nll, 2), "worst_nll": round(most, 2)}
+                if usual:
+                    record["language"] = language_factor(record["worst_nll"], usual[rollout.entry.mode])
+                    record["reward"] *= record["language"]
+            row = rows.stop
