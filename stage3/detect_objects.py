@@ -238,12 +238,15 @@ def clip_file(folder: Path, video: str) -> Path:
 
 
 def are_sound(boxes: list) -> bool:
-    """True if each box is [class id, confidence, x1, y1, x2, y2], numbers in 0..1; TypeError for no list of lists."""
-    for class_id, *numbers in boxes:
-        if not isinstance(class_id, int) or not 0 <= class_id < len(COCO_NAMES) or len(numbers) != 5:
-            return False
-        if not all(0 <= number <= 1 for number in numbers):
-            return False
+    """True if these are boxes as a record has them: [class id, confidence, x1, y1, x2, y2], in 0..1 but for the id."""
+    try:
+        for class_id, *numbers in boxes:
+            if not isinstance(class_id, int) or not 0 <= class_id < len(COCO_NAMES) or len(numbers) != 5:
+                return False
+            if not all(0 <= number <= 1 for number in numbers):
+                return False
+    except (TypeError, ValueError):
+        return False
     return True
 
 

@@ -97,6 +97,8 @@ class Evidence:
         object.__setattr__(self, "present", present)
         object.__setattr__(self, "unknown", frozenset(self.unknown) - present)
         object.__setattr__(self, "salient", salient & present)
+        if self.seen is not None:
+            object.__setattr__(self, "seen", {name: tuple(times) for name, times in self.seen.items()})
         self._check_values()
 
     def _check_values(self):

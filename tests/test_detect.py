@@ -146,7 +146,8 @@ def test_thresholds_reach_down_to_the_lowest_confidence_that_is_kept():
 def test_evidence_can_be_written_as_json():
     evidence = clip_evidence(clip([box("car", 0.8), box("bus", 0.3)], [box("car", 0.8), box("bus", 0.3)]), SETTINGS)
     assert json.loads(json.dumps(evidence_dict(evidence))) == {
-        "present": ["car"], "unknown": ["bus"], "salient": ["car"], "seen": {"car": [0.0, 1.0]}}
+        "present": ["car"], "unknown": ["bus"], "salient": ["car"], "seen": {"car": [0.0, 1.0]}, "counts": {"car": 1},
+        "sides": {}, "motion": {}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,6 +467,9 @@ def damaged(record):
     yield json.dumps({**record, "frames": [{**frames[0], "time": 1.5}]})
     for bad in ([], [2], [80, 0.9, 0, 0, 1, 1], [2.0, 0.9, 0, 0, 1, 1], [2, 0.9, 0, 0, 64, 1], [2, "x", 0, 0, 1, 1]):
         yield json.dumps({**record, "frames": [{**frames[0], "boxes": [bad]}]})
+    for bad in (["red"], ["red", None, None], ["mauve", None], [[], None], 2):  # of two boxes
+        two = [[2, 0.9, 0, 0, 1, 1], [9, 0.9, 0, 0, 1, 1]]
+        yield json.dumps({**record, "frames": [{**frames[0], "boxes": two, "colours": bad}]})
 
 
 def test_a_damaged_record_is_replaced(tiny, tmp_path):

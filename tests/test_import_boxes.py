@@ -126,6 +126,47 @@ def test_imported_labels_reward_what_they_show(run, tmp_path, tiny):
     assert true.hallucination > false.hallucination and unknown.hallucination > false.hallucination
 
 
+def test_the_light_colours_of_bdd100k_are_what_the_lights_show(run, tiny, tmp_path):
+    """Rows as BDD100K's det_20 labels have them; https://doc.bdd100k.com/format.html: trafficLightColor is one of
+    red, green, yellow, none (older files: NA)."""
+    shown = {0: ("NA", "red"), 4: ("red", "none"), 8: ("green", "none"), 12: ("yellow", "NA"), 16: ("none", "NA"),
+             19: ("red", "red")}
+    rows = []
+    for number, (first, second) in shown.items():
+        labels = [{"id": f"{number}-{i}", "category": "traffic light", "manualShape": True, "manualAttributes": True,
+                   "attributes": {"occluded": False, "truncated": False, "trafficLightColor": colour},
+                   "box2d": {"x1": 32.0 + 64 * i, "y1": 18.0, "x2": 48.0 + 64 * i, "y2": 54.0}}
+                  for i, colour in enumerate((first, second))]
+        car = {"id": "1", "category": "car", "attributes": {"occluded": True, "trafficLightColor": "NA"},
+               "box2d": {"x1": 160.0, "y1": 90.0, "x2": 320.0, "y2": 170.0}}
+        sign = {"id": "2", "category": "traffic sign", "attributes": {"trafficLightColor": "green"},
+                "box2d": {"x1": 0.0, "y1": 0.0, "x2": 32.0, "y2": 18.0}}
+        rows.append({"name": f"car-{number:07d}.jpg", "attributes": {"weather": "clear", "timeofday": "night"},
+                     "timestamp": 1000 * number / 8, "labels": [sign, car, *labels]})
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"frames": rows, "config": {"imageSize": {"width": 320, "height": 180}}}))
+    classes = {"traffic light": "traffic light", "car": "car", "traffic sign": "none"}
+    settings = run(path, "scalabel", classes=classes)
+    record = load_records(tmp_path / "evidence", ["car.mp4"], settings)["car.mp4"]
+    assert [frame["colours"] for frame in record["frames"]] == [
+        [None, None, "red"], [None, "red", None], [None, "green", None], [None, "amber", None], [None] * 3,
+        [None, "red", "red"]]
+    evidence = load_evidence(tmp_path / "evidence", load_entries(tiny.data), settings)["car.mp4"]
+    assert evidence.light == ("red", "unknown", "green", "amber", "red") or "unknown" in evidence.light
+    assert [state for state in evidence.light if state != "unknown"] == ["red", "green", "amber", "red"]
+    assert evidence.colours == {}  # of vehicles, the labels say nothing
+
+
+def test_labels_without_colours_leave_them_unknown(run, tiny, tmp_path):
+    settings = run(write_scalabel(tmp_path / "labels.json"), "scalabel")
+    record = load_records(tmp_path / "evidence", ["car.mp4"], settings)["car.mp4"]
+    assert all("colours" not in frame for frame in record["frames"])
+    evidence = load_evidence(tmp_path / "evidence", load_entries(tiny.data), settings)
+    assert evidence["car.mp4"].colours is None and evidence["car.mp4"].light is None
+    assert evidence["car.mp4"].counts == {"car": 1}  # two people, or one with a gap of five frames
+    assert evidence["bus.mp4"].counts is None and evidence["bus.mp4"].motion is None  # labels of a single moment
+
+
 def test_frame_numbers_of_another_rate(run, tmp_path, tiny):
     """Labels at 4 per second of a clip of 8: number 3 is frame 6."""
     folder = tmp_path / "labels"

@@ -10,6 +10,7 @@ import pytest
 from dataset import Clip, load_entries, read_frames, split_by_video
 from demo import world
 from demo.base_models import BASE, IMAGE_SIZE, NOTE_WORDS, build_tokenizer, find_note_ids, patch_targets, write_notes
+from stage3.evidence import Evidence
 from stage3.grpo_reward_func import find_mentions
 
 NUM_CLIPS = 60
@@ -161,6 +162,46 @@ def test_a_world_of_an_earlier_version_is_drawn_again(tmp_path, monkeypatch):
     with pytest.raises(InterruptedError):
         world.make_world(tmp_path, NUM_CLIPS, seed=42, say=lambda text: None)
     assert not (tmp_path / "world.json").exists()
+
+
+def exact(*events, night=False):
+    """The truth of a script of these events: (kind, colour, from_left, companion)."""
+    count = len(events)
+    made = tuple(world.Event(kind, i / count, (i + 1) / count, colour, from_left, companion)
+                 for i, (kind, colour, from_left, companion) in enumerate(events))
+    script = world.Script((5, 5), night, True, made)
+    return world.exact_facts(script), world.event_facts(script)
+
+
+def test_the_truth_of_a_script_worked_out_by_hand():
+    facts, events = exact(("bus_oncoming", "red", True, "car"), ("person_crosses", None, False, None))
+    assert facts == {
+        "counts": {"bus": 1, "car": 1, "person": 1}, "light": [], "colours": {"bus": ["red"], "car": ["white"]},
+        "sides": {"bus": ["left"], "car": ["left"], "person": ["left", "right"]},
+        "motion": {"bus": ["approaches"], "car": ["approaches"], "person": ["right to left"]}}
+    assert events[1] == {"kind": "person_crosses", "class": "person", "colour": None, "side": "right", "light": None,
+                         "start": 0.5, "end": 1.0, "companion": None}
+    assert events[0]["companion"] == "car" and events[0]["side"] == "left" and events[0]["colour"] == "red"
+    facts, events = exact(("light_red", None, True, None), ("car_turns", "blue", True, None))
+    assert facts["light"] == events[0]["light"] == ["amber", "red"]  # green is there for a sixth of a second
+    assert facts["motion"] == {"car": ["left to right", "recedes"]} and facts["sides"]["car"] == ["left", "right"]
+    assert exact(("light_green", None, True, None))[0]["light"] == ["red", "green"]
+    assert exact(("bicycle_passes", None, True, None))[0]["motion"] == {"bicycle": ["recedes"]}
+    assert exact(("bus_pulls_over", "blue", True, None))[0]["sides"] == {"bus": ["right"]}
+
+
+def test_a_class_that_is_shown_twice_one_after_the_other_has_no_count():
+    facts, _ = exact(("car_turns", "red", True, None), ("car_turns", "blue", False, None))
+    assert "car" not in facts["counts"] and facts["colours"]["car"] == ["blue", "red"]
+    assert facts["motion"]["car"] == ["left to right", "recedes", "right to left"]
+
+
+def test_the_truth_file_says_it_as_evidence_does(small_world):
+    for facts in read(small_world, "truth.json").values():
+        known = {key: facts[key] for key in ("counts", "sides", "light", "colours", "motion")}
+        evidence = Evidence(frozenset(facts["present"]), **known)
+        assert set(evidence.counts) == set(facts["present"]) and evidence.light == tuple(facts["light"])
+        assert [event["kind"] for event in facts["facts"]] == facts["events"]
 
 
 def test_the_rate_of_invention_is_as_stated():
