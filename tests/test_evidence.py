@@ -159,6 +159,13 @@ def test_boxes_are_linked_to_the_object_that_they_continue():
     assert len(link_tracks(grown, SETTINGS)["car"]) == 2
 
 
+def test_sure_boxes_are_linked_before_weak_ones():
+    """A weak box that is nearer to where the object was does not take its track."""
+    frames = [[at(0.3)], [at(0.3)], [at(0.38), at(0.3, 0.62, confidence=0.4)], [at(0.38)]]
+    longest = max(link_tracks(record(*frames), SETTINGS)["car"], key=lambda track: len(track.steps))
+    assert [step.confidence for step in longest.steps] == [0.9] * 4
+
+
 def test_counts_are_given_only_where_they_are_exact():
     two = [at(0.2), at(0.8)]
     assert evidence_of(*[two] * 3).counts == {"car": 2}
@@ -174,6 +181,16 @@ def test_counts_are_given_only_where_they_are_exact():
     assert evidence_of([at(0.2)], [at(0.2)], two).counts == {}  # a single box, however sure
     truck = at(0.2, name="truck", confidence=0.6)
     assert evidence_of(*[[at(0.2), truck, at(0.8)]] * 3).counts == {"car": 2}  # the truck is the car
+    trucks = [at(0.205, name="truck", confidence=0.6), at(0.8, name="truck")]
+    assert evidence_of(*[[at(0.2), *trucks]] * 3).counts == {"car": 1}  # one truck or two
+
+
+def test_a_box_across_another_of_its_class_is_weak():
+    """A detector sees a third object where two meet; or a second where one is."""
+    frames = [[at(0.2), at(0.23, 0.52, 0.06, 0.14)]] * 3  # most of the smaller is within the larger
+    tracks = link_tracks(record(*frames), SETTINGS)["car"]
+    assert [track.sure for track in tracks] == [True, False]
+    assert evidence_of(*frames, colours=[["red", "blue"]] * 3).colours == {"car": {"red", "unknown"}}
 
 
 def test_a_part_of_a_larger_vehicle_is_no_further_one():
