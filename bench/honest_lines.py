@@ -113,7 +113,8 @@ COPILOT = (
      "front of the van in case it moves off, and stop well short of the crossing.", {"car", "traffic light"}),
     ("Residential street, speed bumps every 50 m, parked cars on both sides, kid with a ball near the second "
      "driveway on the right, so come down to walking pace, cover the brake, keep a metre from the mirrors, and "
-     "expect someone to run out from between the cars at any moment without looking.", {"car", "person"}),
+     "expect someone to run out from between the cars at any moment without looking.",
+     {"car", "person", "sports ball"}),
     ("Motorway, three lanes, moderate traffic, truck in lane one drifting towards the line, car in lane three "
      "coming up fast from behind: stay in the middle, no lane change for now, and pass the truck quickly rather "
      "than sit beside it.", {"truck", "car"}),

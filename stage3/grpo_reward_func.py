@@ -17,10 +17,12 @@ from stage3.evidence import Evidence
 from stage3.mentions import (
     COMMA,
     CONNECTIVE_WORDS,
+    LIGHT_VERBS,
     STOP,
     WORD,
     Mention,
     find_mentions,
+    has_own_subject,
     names_object,
     read_caption,
 )
@@ -61,7 +63,7 @@ MODE_REWARDS = {  # a further mode needs one entry here, and nothing else in thi
         verb_target=2, connective_target=1, clauses_count_as_connectives=True,
         attribute_scores=(0.0, 1.0), scene_target=1, scene_weight=0.2,
         telegraphic=True,
-        free_stale_share=0.3, lone_words=4,
+        free_stale_share=0.6, lone_words=4,
     ),
 }
 
@@ -113,7 +115,7 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
     caption = read_caption(caption) if _is_readable(caption, settings) else None
     if not caption or not caption.words:
         return Reward(0.0, 0.0, 0.0, 0.0, 0.0)
-    verdicts = [judge_fact(fact, evidence) for fact in caption.facts]
+    verdicts = judge_facts(caption, evidence)
     claimed = compare_claims(caption, evidence, verdicts)
     mark_clauses(caption, claimed, evidence, settings)
     said = reference_facts(reference) if reference is not None else None
@@ -193,7 +195,7 @@ def _paid_verbs(caption, evidence, support, settings):
         counted = set()
         for i in clause.span:
             verb = caption.verbs[i]
-            if verb and (verb in counted or len(counted) < MAX_VERBS_PER_CLAUSE):
+            if i in support_at and (verb in counted or len(counted) < MAX_VERBS_PER_CLAUSE):
                 counted.add(verb)
                 verbs[verb] = max(verbs.get(verb, 0.0), support_at[i])
     ego_limit = settings.verb_target / 2 if evidence.salient else settings.verb_target
@@ -233,10 +235,10 @@ def order_factor(caption, evidence):
     if not evidence.seen:
         return 1.0
     step_of, listed = {}, {}  # class -> number of the first step that tells of it, or only lists it
-    for number, names in enumerate(_narrated_steps(caption)):
-        names = [name for name in names if name in evidence.present and name in evidence.seen]
+    for number, (names, tells) in enumerate(_narrated_steps(caption)):
+        names = {name for name in names if name in evidence.present and name in evidence.seen}
         for name in names:
-            (step_of if len(set(names)) <= MAX_STEP_CLASSES else listed).setdefault(name, number)
+            (step_of if tells and len(names) <= MAX_STEP_CLASSES else listed).setdefault(name, number)
     step_of = listed | step_of
     right = wrong = 0
     for a, b in permutations(step_of, 2):
@@ -248,7 +250,8 @@ def order_factor(caption, evidence):
 
 
 def _narrated_steps(caption):
-    """Lists of the classes named as present, one list per step, in the order in which the text says the steps happen.
+    """(classes named as present, whether a verb of motion tells of them) of each step, in the order in which the text
+    says the steps happen.
 
     Clauses joined by "while", "as", "when" are one step; "after" and an initial "before" swap their clauses.
     """
@@ -262,18 +265,19 @@ def _narrated_steps(caption):
             if not clause.verbs and vocab.AUXILIARIES.isdisjoint(caption.words[clause.first:clause.stop]):
                 continue  # an item of a list, or "at the traffic light,": part of the step that follows
             first_word = caption.words[clause.first]
+            tells = bool(clause.verbs)
             if steps and first_word in vocab.SIMULTANEOUS:
-                steps[-1] += pending
+                steps[-1] = (steps[-1][0] + pending, steps[-1][1] or tells)
             elif steps and (first_word == "after" or swap_next):
-                steps.insert(len(steps) - 1, pending)
+                steps.insert(len(steps) - 1, (pending, tells))
                 swap_next = False
             else:
                 swap_next = not steps and first_word == "before"
-                steps.append(pending)
+                steps.append((pending, tells))
             pending = []
         if steps:
-            steps[-1] += pending
-        all_steps += steps or [pending]
+            steps[-1] = (steps[-1][0] + pending, steps[-1][1])
+        all_steps += steps or [(pending, False)]
     return all_steps
 
 
@@ -289,8 +293,9 @@ def detail_part(caption, claimed, evidence, support, said, settings):
     described = [_attribute_score(kinds.get(name, {}), settings) for name in evidence.salient or claimed.correct]
     described = sum(described) / len(described) if described else 1.0
     scene, wrong = _paid_scene(caption, said)
+    mean_scene = scene / max(1, len(scene_facts(caption)))
     part = (1 - settings.scene_weight) * described * mean_support(caption, support, evidence, LOOKS_AND_PLACES)
-    part += settings.scene_weight * min(1.0, scene / settings.scene_target)
+    part += settings.scene_weight * min(1.0, scene / settings.scene_target) * mean_scene
     return claimed.grounding * part * (1 - SCENE_ERROR_COST) ** wrong
 
 
@@ -326,9 +331,10 @@ def _paid_scene(caption, said):
     pay, wrong = 0.0, 0
     for kind, values in facts.items():
         stated = said.scene.get(kind, set())
+        near = any(frozenset((a, b)) in vocab.NEAR_SCENES for a in values for b in stated)
         if values & stated:
             pay += 1.0
-        elif stated and kind in vocab.EXCLUSIVE:
+        elif stated and kind in vocab.EXCLUSIVE and not near:
             wrong += 1
         else:
             pay += UNSUPPORTED_PAY
@@ -382,6 +388,24 @@ def _verdict(claim, evidence):
     if not evidence.present.isdisjoint(claim.classes):
         return "supported"
     return "unsupported" if evidence.unknown.isdisjoint(claim.classes) else "unknown"
+
+
+def judge_facts(caption, evidence):
+    """The verdict on each of the caption's facts. A light that "turns red" must have done so after what the text told
+    of it before: it cannot turn red twice where the evidence shows red once."""
+    verdicts, at = [judge_fact(fact, evidence) for fact in caption.facts], None
+    light = evidence.light or ("unknown",)
+    for i, fact in enumerate(caption.facts):
+        if fact.kind != "light" or verdicts[i] != "supported" or "unknown" in light:
+            continue
+        turns = not LIGHT_VERBS.isdisjoint(caption.verbs[max(0, fact.first - 3):fact.first])
+        first = 0 if at is None else at + 1 if turns and light[at] == fact.value else at
+        later = next((k for k in range(first, len(light)) if light[k] == fact.value), None)
+        if later is not None:
+            at = later
+        elif turns:
+            verdicts[i] = "contradicted"
+    return verdicts
 
 
 def judge_fact(fact, evidence):
@@ -498,15 +522,8 @@ def mark_clauses(caption, claimed, evidence, settings):
         elif clause.ego or is_command:
             truth = "ego"
         else:
-            truth = "" if _has_own_subject(caption, clause) else inherited
+            truth = "" if has_own_subject(caption, clause) else inherited
         clause.truth = truth
-
-
-def _has_own_subject(caption, clause):
-    """A determiner comes before the clause's first verb: "while a figure waits", not "at the corner"."""
-    verb = next((i for i in clause.span if caption.verbs[i]), clause.first)
-    start = clause.first + (caption.words[clause.first] in vocab.CONTINUING)
-    return not vocab.DETERMINERS.isdisjoint(caption.words[start:verb])
 
 
 def label_mentions(text, evidence):
@@ -533,15 +550,15 @@ def label_mentions(text, evidence):
 def label_facts(text, evidence):
     """What a report colours beside the mentions: list[(what, verdict, start, end)], in the order of the text.
 
-    what: "car colour red", text[start:end] the words that say so. verdict: as `judge_fact` gives it; facts about
+    what: "car colour red", text[start:end] the words that say so. verdict: as `judge_facts` gives it; facts about
     classes that are not present are left out, as the mention is what is wrong.
     """
     caption, labels = read_caption(text), []
-    for fact in caption.facts:
+    for fact, verdict in zip(caption.facts, judge_facts(caption, evidence), strict=True):
         if not evidence.present.isdisjoint(fact.classes):
             value = (fact.value or "several") if fact.kind == "count" else fact.value
-            labels.append((f"{'|'.join(fact.classes)} {fact.kind} {value}", judge_fact(fact, evidence),
-                           caption.starts[fact.first], caption.ends[fact.last]))
+            labels.append((f"{'|'.join(fact.classes)} {fact.kind} {value}", verdict, caption.starts[fact.first],
+                           caption.ends[fact.last]))
     return labels
 
 
@@ -578,8 +595,9 @@ def find_support(caption, verdicts, evidence, said):
     """
     verdict_at = {}
     for fact, verdict in zip(caption.facts, verdicts, strict=True):
-        if verdict == "supported" and fact.value == "approaches" and said is not None:
-            continue  # what we pass grows too: that a thing comes towards us is left to the reference
+        if verdict == "supported" and said is not None and (fact.value == "approaches" or fact.kind == "light"):
+            # what we pass grows too, and a colour may be right at another moment: here the reference decides
+            continue
         for i in range(fact.first, fact.last + 1):
             verdict_at[i] = verdict
     support = []
@@ -621,6 +639,7 @@ def _idle_share(caption, support, evidence, said):
         named = {name for claim in clause.claims for name in claim.classes}
         says = named and (evidence is None or not named.isdisjoint(evidence.present | evidence.unknown))
         says = says or any(claim.negated for claim in clause.claims) or any(i in supported for i in clause.span)
+        says = says or not vocab.PLACES.isdisjoint(caption.words[clause.first:clause.first + 3])
         says = says or any(caption.scenes[i] and caption.scenes[i][1] in said.scene.get(caption.scenes[i][0], ())
                            for i in clause.span)
         hedged = not vocab.HEDGES.isdisjoint(caption.words[clause.first:clause.stop])
@@ -636,13 +655,16 @@ def _idle_share(caption, support, evidence, said):
 # on 300 Copilot lines of the toy world. Numbers without a figure are set by hand, as above.
 
 BROKEN_PAIR_SHARE = (0.02, 0.06)  # real: at most 0.003; the same captions with shuffled words: 0.034 to 0.11
+DOUBLED_COST, MAX_DOUBLED_COST = 0.05, 0.5  # of each word that follows itself ("the the"); real: none
+MAY_DOUBLE = frozenset("that had very no".split())
 DISTINCT_RUN_SHARE = (0.30, 0.65)  # of runs of three words; real: 0.91 to 1
 ALL_STALE = 0.9  # share of stale words at which the cost is full; it begins at ModeReward.free_stale_share
 VARIETY_FLOOR = 0.3  # the variety gate if everything is repeated
 STALE_COST, MAX_PILE_COST, MAX_DENIAL_COST = 0.8, 0.8, 0.5  # the most that each of these gates takes away
 PILE_COST = 2.0  # per share of words in piles; real: 0 for 95%, at most 0.025
 FREE_DENIALS, DENIAL_COST = 3, 0.04  # true denials that are free (real: 1 at most in 99%), cost of each further one
-PILE_OF_LOOKS, PILE_OF_VERBS, PILE_OF_CONNECTIVES, PILE_OF_ADJECTIVES = 4, 3, 3, 6  # words in a row
+PILE_OF_LOOKS, PILE_OF_VERBS, PILE_OF_CONNECTIVES, PILE_OF_ADJECTIVES = 4, 4, 3, 6  # words in a row
+FREE_SENTENCE = 4  # words of a sentence without function words that may say nothing: "Nothing else happens."
 FREE_FRAGMENT = 2  # words of a telegraphic clause that may say nothing
 BARE_RUN, MIN_INFLECTED = 8, 2  # of so many words in a row without function words, so many are inflected in English
 LOOKS_RUN, MAX_LOOKS = 6, 2  # of so many words in a row without function words, at most so many are looks
@@ -650,7 +672,6 @@ LOOKS_RUN, MAX_LOOKS = 6, 2  # of so many words in a row without function words,
 AFTER_ARTICLE = frozenset("few other another single each several while no only inside very".split())  # may follow "a"
 NEVER_LAST = vocab.ARTICLES | frozenset("of at with from into for and or while as because to than its their".split())
 NO_VERB_AFTER = frozenset("of from with into at for".split())
-PLACES = frozenset("road street traffic way lane highway intersection junction crosswalk".split())
 PLAIN_COLOURS = frozenset("red blue green white black yellow orange brown purple pink".split())
 LOOKS = ("colour", "size", "state")  # kinds of attribute that tend to be piled up
 ADJECTIVE = re.compile(r"..+(?:ful|ous|ing|ive|ant|ent|ern|ish|[^l]y|ed|al|ic|ble|less|id|ary)$")
@@ -695,9 +716,12 @@ def _is_broken(reading, i):
 
 
 def _word_order(caption):
-    """1 for English, 0 for words in disorder."""
-    broken_pairs = sum(_is_broken(caption, i) for i in range(len(caption.words)))
-    return 1.0 - _ramp(broken_pairs / len(caption.words), *BROKEN_PAIR_SHARE)
+    """1 for English, 0 for words in disorder or doubled."""
+    words = caption.words
+    broken_pairs = sum(_is_broken(caption, i) for i in range(len(words)))
+    doubled = sum(a == b and len(a) > 1 and a not in MAY_DOUBLE for a, b in pairwise(words))
+    order = 1.0 - _ramp(broken_pairs / len(words), *BROKEN_PAIR_SHARE)
+    return order * (1.0 - min(MAX_DOUBLED_COST, DOUBLED_COST * doubled))
 
 
 def _variety(caption):
@@ -743,8 +767,8 @@ def _stuffed_share(caption, settings):
     if settings.telegraphic:
         for clause in caption.clauses:
             span = clause.span
-            about = clause.verbs or any(
-                roles[i] or caption.scenes[i] or words[i] in vocab.FUNCTION_WORDS or words[i] in PLACES for i in span)
+            plain = vocab.FUNCTION_WORDS | vocab.PLACES
+            about = clause.verbs or any(roles[i] or caption.scenes[i] or words[i] in plain for i in span)
             if len(span) > FREE_FRAGMENT and not about:
                 stuffed.update(span)
     else:
@@ -773,7 +797,7 @@ def _not_running_english(caption, span, looks):
             found.update(run)
     says_something = any(caption.roles[i] or caption.verbs[i] for i in span)
     bare = len(content) == len(span) or all(words[i] in CONNECTIVE_WORDS for i in span)
-    if bare and not says_something:
+    if bare and not says_something and len(span) > FREE_SENTENCE:
         found.update(span)
     return found
 
@@ -811,6 +835,7 @@ def _sentence_facts(caption, clauses, scenes):
         for subject in subjects:
             facts.update((subject, word) for word in words)
         facts.update((subject, "is") for subject in subjects - {ego})
+        facts.update((claim.classes, "is absent") for claim in clause.claims if claim.negated)
         facts.update(caption.scenes[i] for i in clause.span if caption.scenes[i] in scenes)
         if clause.truth == "ego" and not subjects:
             facts.update(("ego", verb) for verb in clause.verbs)

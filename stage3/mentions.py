@@ -112,7 +112,6 @@ CONNECTIVE_INDEX = _index(
 NEGATOR_INDEX = _index(dict.fromkeys(vocab.NEGATORS, "negation") | dict.fromkeys(vocab.PSEUDO_NEGATIONS, "pseudo"))
 LIGHT_VERBS = frozenset(vocab.LIGHT_VERBS.split())
 VEHICLES = frozenset({"car", "truck", "bus", "motorcycle"})
-REASONS = frozenset({"because", "since", "as", "so", "due", "for"})
 SIDE_KINDS = {"from": "from", "on": "side", "in": "side", "at": "side", "to": "to", "towards": "to", "toward": "to",
               "into": "to"}
 BEFORE_SIDE = frozenset("the our its my his her their far near".split())
@@ -121,6 +120,7 @@ MOTION_WORDS = {
     "recede": "recedes", "recedes": "recedes", "receding": "recedes", "cross": "crosses", "crosses": "crosses",
     "crossing": "crosses", "crossed": "crosses", "parked": "stands", "stationary": "stands",
 }
+PHRASE_INDEX = _index({phrase: verb for verb, phrases in vocab.PHRASE_VERBS.items() for phrase in phrases})
 EXCEPTION_INDEX = _index(dict.fromkeys(vocab.EXCEPTIONS, "exception"))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,6 +345,8 @@ def _is_plain_noun(reading, i):
     """A guarded word is a noun here: "an orange is there", not "an orange car", "bears left" or "in orange"."""
     word, before, after = reading.words[i], _word_before(reading, i), _word(reading, i + 1)
     determined = before in vocab.DETERMINERS | vocab.NUMBERS
+    if word in ("semi", "coach", "tanker", "cab") and before in ("", "and"):
+        return ATTRIBUTE_OF.get(after) == "position" or after in VERB_OF
     if word not in vocab.GUARDED:  # a plural; if it may be a verb, only after a determiner
         return determined or word not in vocab.GUARDED_VERBS
     if not determined and not (_word(reading, i - 2) in vocab.DETERMINERS and before in ATTRIBUTE_OF):
@@ -359,6 +361,10 @@ def _is_light(reading, i):
     word, before, after = reading.words[i], _word_before(reading, i), _word(reading, i + 1)
     if before == "at" and word != "signal" or before == "the" and _word(reading, i - 2) == "at" and word == "lights":
         return _ends_clause(reading, i + 1)  # "wait at light", "queue at the lights"
+    if word in ("signal", "lights") and after in vocab.COLOURS_OF_LIGHT and _ends_clause(reading, i + 2):
+        return True  # "lights green", "Signal: red."
+    if word == "signal" and not before and after in ("out", "ahead", "dark"):
+        return True
     if word == "signal":
         return before in vocab.ARTICLES | vocab.COLOURS_OF_LIGHT | {"this", "that", "each"}
     if word == "signals":
@@ -416,16 +422,17 @@ def _describes_vehicle(reading, i):
 
 
 def _is_recorders_car(reading, i, length):
-    """The text begins with "The car" and gives the reason for what it does, as reports of the camera's own car do:
-    "The car slows down because the light is red." """
-    if length != 1 or reading.words[:2] != ["the", "car"] or i != 1:
+    """ "The car" at the beginning of a text of one sentence, or after "so", is the camera's own, as in reports of what
+    the driver did: "The car slows down because the light is red." Not "the car ahead", nor "the car moves ahead"."""
+    words = reading.words
+    if length != 1 or words[i] != "car" or i < 1 or words[i - 1] != "the" or _ends_clause(reading, i + 1):
         return False
-    for j in range(3, len(reading.words)):
-        if reading.breaks[j] == STOP:
-            return False
-        if reading.words[j] in REASONS:
-            return True
-    return False
+    if i > 1 and words[i - 2] != "so" or STOP in reading.breaks[1:] or {"car", "cars"} & set(words[:i]):
+        return False
+    if {"ahead", "front"} & set(words[i:i + 6]):
+        return False
+    after = words[i + 1]
+    return after in VERB_OF or after in ("was", "had") or after.endswith("s") and after not in ("s", "does")
 
 
 def _classify(reading, i):
@@ -614,11 +621,13 @@ def read_text(text):
 
 
 def _is_flat(reading, claim):
-    """A denial that nothing in its sentence limits to a time, a place or a kind."""
+    """A denial that nothing between its commas limits to a time, a place or a kind."""
+    if reading.words[claim.first] in ("nobody", "no"):  # "nobody is on the road": some may be beside it
+        return False
     first, stop = claim.first, claim.last + 1
-    while first > 0 and reading.breaks[first] != STOP and claim.first - first < 12:
+    while first > 0 and reading.breaks[first] < COMMA and claim.first - first < 12:
         first -= 1
-    while stop < len(reading.words) and reading.breaks[stop] != STOP and stop - claim.last < 12:
+    while not _ends_clause(reading, stop) and stop - claim.last < 12:
         stop += 1
     around = reading.words[first:claim.first] + reading.words[claim.last + 1:stop]
     return not any(word in vocab.DENIAL_LIMITS or word in ATTRIBUTE_OF or word in CONNECTIVE_WORDS for word in around)
@@ -649,7 +658,8 @@ def read_caption(text):
     for i, (word, role) in enumerate(zip(caption.words, caption.roles, strict=True)):
         is_verb = not role and word in VERB_OF and _is_verb(caption, i)
         is_command = word in vocab.COMMANDS and (i == 0 or caption.breaks[i] >= COMMA)
-        caption.verbs.append(VERB_OF[word] if is_verb else word if is_command else "")
+        phrase = "" if role else match_phrase(PHRASE_INDEX, caption, i)[1]
+        caption.verbs.append(phrase or (VERB_OF[word] if is_verb else word if is_command else ""))
         caption.attributes.append("" if role else ATTRIBUTE_OF.get(word, ""))
         denied = i > 0 and caption.words[i - 1] in ("no", "not", "without")
         caption.scenes.append(None if denied else match_phrase(SCENE_INDEX, caption, i)[1])
@@ -736,8 +746,10 @@ def find_statements(caption):
             verb_subject = None
             for i in clause.span:
                 if kind := "verb" if caption.verbs[i] else "event" if _is_event(caption, i) else "":
-                    known = ("ego",) if _is_command(caption, clause, i) else _subject_of(named, i) or subject
-                    verb_subject = known or ()
+                    if _is_about_road(caption, i):
+                        continue
+                    known = ("ego",) if _is_command(caption, clause, i) else _subject_of(named, i)
+                    verb_subject = known or (not has_own_subject(caption, clause) and subject) or ()
                     statements.append(Statement(verb_subject, kind, _verb_value(caption, i, verb_subject), i))
                 if own and caption.attributes[i]:
                     value = SAME.get(caption.words[i], caption.words[i])
@@ -747,6 +759,18 @@ def find_statements(caption):
             if clause.claims or clause.ego:
                 subject = verb_subject or _subject_of(named, clause.stop)
     return statements
+
+
+def has_own_subject(caption, clause):
+    """A determiner comes before the clause's first verb: "while a figure waits", not "at the corner"."""
+    verb = next((i for i in clause.span if caption.verbs[i] or _is_event(caption, i)), clause.first)
+    start = clause.first + (caption.words[clause.first] in vocab.CONTINUING)
+    return not vocab.DETERMINERS.isdisjoint(caption.words[start:verb])
+
+
+def _is_about_road(caption, i):
+    """The verb at word i is said of the road: "the road goes on", "traffic flows"."""
+    return i > 0 and caption.words[i - 1] in vocab.PLACES
 
 
 def _is_command(caption, clause, i):
@@ -763,7 +787,8 @@ def _verb_value(caption, i, subject):
     base = caption.verbs[i] or EVENT_OF[caption.words[i]]
     if subject == ("traffic light",) and base in LIGHT_VERBS:
         return "change"
-    return SAME.get(base, base)
+    value, way = SAME.get(base, base), _word(caption, i + 1)
+    return f"{value} {way}" if value == "turn" and way in ("left", "right") else value
 
 
 def _nearest(claims, i):

@@ -39,7 +39,9 @@ SYNONYMS = {
     "person": (
         "pedestrian", "man", "woman", "child", "schoolchild", "kid", "boy", "girl", "guy", "lady", "gentleman", "adult",
         "teenager", "toddler", "baby", "passerby", "bystander", "onlooker", "jaywalker", "jogger", "runner", "worker",
-        "policeman", "policewoman", "police officer", "traffic officer", "officer", "crossing guard", "flagger",
+        "policeman", "policewoman", "police officer", "cop", "ped", "walker",
+        "passengers getting", "passengers boarding", "passengers waiting", "passengers alighting",
+        "traffic officer", "officer", "crossing guard", "flagger",
         "firefighter", "individual", "shopper", "tourist", "student", "crowd", "people", "somebody", "someone",
         "no one", "nobody", "anyone", "human", "human figure",
     ),
@@ -169,6 +171,8 @@ COMPOUND_HEADS = {
 # Other phrases in which an object's name (or "light") is not that object, in the singular.
 NEUTRAL = (
     "people mover", "men at work", "with trolley", "with a trolley", "shopping trolley",
+    "at phone", "on phone", "on the phone", "at her phone", "at his phone", "at their phone", "on her phone",
+    "on his phone", "on their phone", "at a phone",
     "man made", "first person", "second person", "third person", "runner up",
     "pedestrian and vehicular traffic", "pedestrian and vehicular activity", "pedestrian and vehicle traffic",
     "pedestrian or vehicular activity", "pedestrian or vehicular traffic", "pedestrian and vehicle activity",
@@ -222,16 +226,19 @@ ATTRIBUTES = {
 SCENE = {
     "time": {
         "night": ("night", "nighttime", "night time", "nocturnal", "in the dark"),
-        "day": ("day", "daytime", "daylight", "by day", "midday", "afternoon", "morning", "sunlight"),
+        "day": ("day", "daytime", "daylight", "by day", "midday", "noon", "afternoon", "morning", "sunlight"),
         "dusk": ("dusk", "twilight", "sunset", "evening"), "dawn": ("dawn", "sunrise"),
     },
     "weather": {
-        "clear": ("clear sky", "clear skies", "clear weather", "blue sky", "sunny"),
+        "clear": ("clear sky", "clear skies", "clear weather", "clear day", "clear night", "clear morning", "blue sky",
+                  "sunny", "sunshine"),
         "overcast": ("overcast", "cloudy", "clouds", "gray sky", "grey sky"),
         "rain": ("rain", "rainy", "raining", "raindrops", "drizzle"), "snow": ("snow", "snowy", "snowing", "snowfall"),
         "fog": ("fog", "foggy", "mist", "misty", "haze", "hazy"),
     },
-    "surface": {"wet": ("wet", "puddle", "puddles", "slick", "damp"), "dry": ("dry",), "icy": ("ice", "icy")},
+    "surface": {
+        "wet": ("wet", "puddle", "puddles", "slick", "damp", "flooded"), "dry": ("dry",), "icy": ("ice", "icy"),
+    },
     "road": {
         "highway": ("highway", "freeway", "motorway", "expressway", "interstate"),
         "residential": ("residential", "suburban", "neighborhood", "neighbourhood"),
@@ -258,6 +265,10 @@ SCENE = {
     },
 }
 EXCLUSIVE = frozenset({"time", "weather", "surface"})  # two values of one of these contradict
+NEAR_SCENES = frozenset(map(frozenset, (  # except for these, which pass into one another
+    ("dusk", "night"), ("dusk", "day"), ("dawn", "day"), ("dawn", "night"), ("dusk", "dawn"), ("overcast", "rain"),
+    ("overcast", "snow"), ("overcast", "fog"), ("rain", "fog"), ("snow", "fog"), ("wet", "icy"),
+)))
 
 # Words that say the same of an object, so that a caption may use another one than the reference.
 SAME_ATTRIBUTE = (
@@ -274,13 +285,23 @@ SAME_VERB = (
 )
 LIGHT_VERBS = "turn change switch transition go"  # of a traffic light these all say that its colour changes
 
+# Not objects, but what is said of them is said of the road.
+PLACES = frozenset("road street traffic way lane highway intersection junction crosswalk".split())
+
 # Advice to the driver, as the first word of a clause: "keep distance", "hold lane". Elsewhere these say nothing.
 COMMANDS = frozenset("keep hold ease check watch give reduce crawl maintain mind cover look prepare back stay let "
                      "expect anticipate adjust monitor continue scan beware".split())
 
 # Verbs of events that a driver must not be told of in vain, beside the verbs of motion: forms are made as for those.
 EVENT_VERBS = tuple("crash collide hit strike smash explode burn fall flip overturn skid spin jump fly land chase "
-                    "fight attack shoot slip stumble wave dance block honk hover hang leap".split())
+                    "fight attack shoot slip stumble wave dance block honk hover hang leap catch sink".split())
+PHRASE_VERBS = {  # phrases that say what a verb of motion says
+    "stop": ("come to a stop", "comes to a stop", "come to a full stop", "comes to a full stop", "came to a stop",
+             "come to a halt", "comes to a halt", "comes to a complete stop", "come to a complete stop",
+             "coming to a stop", "coming to a halt", "came to a halt"),
+    "approach": ("come closer", "comes closer", "coming closer", "comes towards", "comes toward", "coming towards",
+                 "coming toward"),
+}
 
 # Words for a special kind of a class; the class itself and "man", "bike" or "lorry" say nothing more than the class.
 SUBTYPES = {
@@ -300,10 +321,10 @@ VEHICLE_COLOURS = {
     "orange": "orange", "brown": "brown", "beige": "brown", "tan": "brown", "purple": "purple", "pink": "pink",
 }
 SIMILAR_COLOURS = frozenset(map(frozenset, (
-    ("grey", "white"), ("grey", "black"), ("grey", "blue"), ("black", "blue"), ("black", "brown"), ("black", "green"),
+    ("grey", "white"), ("grey", "black"), ("grey", "blue"), ("black", "blue"), ("black", "brown"),
     ("red", "orange"), ("red", "brown"), ("red", "pink"), ("orange", "yellow"), ("orange", "brown"),
     ("yellow", "brown"), ("yellow", "white"), ("white", "brown"), ("purple", "blue"), ("purple", "red"),
-    ("purple", "pink"), ("grey", "brown"), ("grey", "green"),
+    ("purple", "pink"), ("grey", "brown"),
 )))
 COUNTS = {word: number for number, word in enumerate("two three four five six seven eight nine ten".split(), start=2)}
 COUNTS |= {"pair": 2, "couple": 2} | dict.fromkeys("several many multiple numerous group crowd dozen".split(), 0)
@@ -325,7 +346,7 @@ DYNAMIC_VERBS = tuple("accelerate advance appear approach arrive board brake cha
                       "cycle decelerate depart disappear drive emerge enter exit filter flow follow go halt hurry "
                       "inch join jog leave make merge move navigate overtake pass pause proceed pull reach "
                       "resume reverse ride roll run rush slow speed start step steer stop swerve switch "
-                      "transition travel traverse turn veer wait walk weave yield".split())
+                      "park transition travel traverse turn veer wait walk weave yield".split())
 IRREGULAR_VERBS = {
     "drive": "drove driven", "go": "went gone", "leave": "", "run": "ran", "ride": "rode ridden", "cut": "cut",
     "speed": "sped", "make": "made", "creep": "crept",
@@ -334,7 +355,7 @@ DOUBLED = frozenset("cut jog run step stop".split())  # "stopping", "stopped"
 NO_BARE_FORM = frozenset("make go leave clear change speed cycle".split())  # too often a noun, adjective or filler
 # After these a bare form is a noun: "heavy traffic flow", "in reverse", "a slow turn".
 NOUN_BEFORE = frozenset("in of with for by at from traffic full sharp slow slight gradual sudden brief next".split())
-NOT_VERBS = frozenset("left made clears clearing cleared makes making cycles".split())  # usually not a verb here
+NOT_VERBS = frozenset("left made clears clearing cleared makes making cycles parked parking".split())  # seldom a verb
 
 CONNECTIVES = (
     "then", "next", "after", "afterwards", "afterward", "after that", "before", "while", "as", "when", "once", "until",
@@ -407,7 +428,7 @@ LIST_WORDS = frozenset("such like any a an other the or nor and single one".spli
 EXCEPTIONS = ("other than", "besides", "apart from", "aside from", "except", "except for", "but")
 COLOURS_OF_LIGHT = frozenset("red green yellow amber".split())
 # Words that may come between "light" and its colour.
-CHANGING = frozenset("turn turns turned turning change changes changed changing switch switches switched "
+CHANGING = frozenset("turn turns turned turning change changes changed changing switch switches switched has have "
                      "switching go goes went going is was becomes became stays stayed remains remained shows "
                      "showing showed transition transitions transitioned transitioning "
                      "still from to just now ahead then soon".split())
