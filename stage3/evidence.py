@@ -32,7 +32,7 @@ REACH = 1.5  # how far from where its motion leads an object may be found again,
 FIRST_REACH = 2.5  # the same for its second box, when its motion is not known yet
 MAX_GAP = 2  # frames from one box of a track to its next: one may be missed
 MAX_GROWTH = 2.5  # by this factor the size may change from box to box
-RIVAL = 0.7  # another box that is nearly as close (distance + RIVAL) makes it unsure which of them is the object
+RIVAL = 1.0  # another box that is nearly as close (distance + RIVAL) makes it unsure which of them is the object
 TWIN_COVER = 0.6  # of two boxes of one class, one covers so much of the smaller that they may be one object
 SAME_IOU = 0.5  # a weak box that overlaps a sure one of its class so much is the same object, seen twice
 INSIDE = 0.85  # a vehicle's box that lies so far within a more confident one of another kind may be a part of it
@@ -234,7 +234,7 @@ class Track:
         return (last.centre - before.centre) / frames, down / 2 / frames
 
     def distance(self, step: Step) -> float:
-        """How far a box is from where the object should be, in shares of what it may be: 1 and more is too far."""
+        """How far a box is from where the object should be, in sizes of the two; infinite if it is too far."""
         last = self.steps[-1]
         frames = step.frame - last.frame
         size, other = (max(math.sqrt(thing.area), 1e-6) for thing in (last, step))
@@ -243,8 +243,8 @@ class Track:
         right, down = (speed * frames for speed in self.velocity())
         x = step.centre - last.centre - right
         y = (sum(step.box[1::2]) - sum(last.box[1::2])) / 2 - down
-        reach = (FIRST_REACH if len(self.steps) == 1 else REACH) * frames
-        return math.hypot(x * math.sqrt(ASPECT), y / math.sqrt(ASPECT)) / math.sqrt(size * other) / reach
+        away = math.hypot(x * math.sqrt(ASPECT), y / math.sqrt(ASPECT)) / math.sqrt(size * other)
+        return away if away <= (FIRST_REACH if len(self.steps) == 1 else REACH) * frames else math.inf
 
 
 def link_tracks(record: dict, settings: DetectorSettings) -> dict[str, list[Track]]:
@@ -299,17 +299,16 @@ def _link(tracks: list[Track], steps: list[Step], sure_confidence: float) -> Non
     for step in steps:
         for track in tracks:
             distance = track.distance(step)
-            if distance < 1:
+            if distance < math.inf:
                 pairs.append((step.confidence < sure_confidence, distance, step, track))
     pairs.sort(key=lambda pair: pair[:2])
-    linked, begun = [], list(steps)
+    begun = list(steps)
     for _, distance, step, track in pairs:
         if track.steps[-1].frame < step.frame and step in begun:
             rivals = [other for _, near, other, rival in pairs if near < distance + RIVAL
                       and (other is step) != (rival is track)]
             track.tangled |= bool(rivals)
             begun.remove(step)
-            linked.append((track, step))
             track.steps.append(step)
     tracks += [Track([step]) for step in begun]
 
@@ -447,13 +446,15 @@ def track_colours(track: Track, confidence: float) -> set[str]:
 def light_states(record: dict, settings: DetectorSettings) -> tuple[str, ...] | None:
     """Colours of the traffic lights in the order of time, repeats merged; "unknown" for frames in which a light that is
     large enough could not be read, or in which one that may be none shows another colour. None if none was read."""
-    frames = []  # for each frame, (True if the box is sure, reading or None) of each light that should be readable
+    # For each frame, (True if the box is sure, reading or None) of each light that should be readable. A box with a lit
+    # lamp where a light has one is worth a doubt at any confidence.
+    frames = []
     for frame in record["frames"]:
         colours = frame.get("colours") or [None] * len(frame["boxes"])
         frames.append([(confidence >= settings.present_confidence, colour)
                        for (class_id, confidence, _, y1, _, y2), colour in zip(frame["boxes"], colours, strict=True)
-                       if COCO_NAMES[class_id] == "traffic light" and confidence >= settings.absent_confidence
-                       and (colour or y2 - y1 >= LIGHT_HEIGHT)])
+                       if COCO_NAMES[class_id] == "traffic light" and (
+                           colour or confidence >= settings.absent_confidence and y2 - y1 >= LIGHT_HEIGHT)])
     read = {colour for lights in frames for sure, colour in lights if sure and colour}
     states: list[str] = []
     before: set[str] = set()

@@ -451,9 +451,10 @@ def test_detectors_without_a_weights_file_differ_by_name(tiny, entries, tmp_path
 
 def test_boxes_in_pixels_are_refused(tiny, settings, tmp_path):
     detector = OneCar(settings)
-    detector.detect = lambda frames: [[box("car", 0.9, (160, 20, 320, 80))] for _ in frames]
-    with pytest.raises(DetectionError, match="car.mp4: boxes must be"):
-        detect_clips(["car.mp4"], tiny.videos, settings, tmp_path, detector=detector)
+    for wrong in (box("car", 0.9, (160, 20, 320, 80)), [80, 0.9, *LARGE], [2, 0.9], ["car", 0.9, *LARGE]):
+        detector.detect = lambda frames, wrong=wrong: [[wrong] for _ in frames]
+        with pytest.raises(DetectionError, match="car.mp4: boxes must be"):
+            detect_clips(["car.mp4"], tiny.videos, settings, tmp_path, detector=detector)
 
 
 def damaged(record):
