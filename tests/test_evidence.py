@@ -66,6 +66,7 @@ def test_in_the_dark_a_colour_is_right_or_none(name):
 def test_small_dark_and_two_coloured_bodies_have_no_colour():
     assert vehicle_colour(car(PAINT["red"])[:15]) is None and vehicle_colour(car(PAINT["red"])[:, :15]) is None
     assert vehicle_colour(car(PAINT["blue"], dim=0.15), daylight=False) is None
+    assert vehicle_colour(car((135, 75, 25))) is None  # orange in the shade, or brown in the sun
     half = np.concatenate([car(PAINT["red"])[:, :20], car(PAINT["blue"])[:, 20:]], axis=1)
     assert vehicle_colour(half) is None
     assert vehicle_colour(np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)) is None
