@@ -45,11 +45,14 @@ from dataset import (
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 from pages.render import film_strip, highlight, render
 from stage3.detect_objects import evidence_problems, get_evidence
-from stage3.mentions import find_mentions
+from stage3.evidence import Evidence
+from stage3.grpo_reward_func import judge_facts, label_facts
+from stage3.mentions import find_mentions, read_caption
 from stage3.vocabulary_config import COCO_NAMES
 from training.loop import leak_problems
 
 BOOTSTRAP = 1000  # draws of clips
+KNOWN_OF_CLASSES = ("counts", "sides", "light", "colours", "motion")  # what a truth file may know besides `present`
 FIXED = ("prior", "blank", "swapped", "reversed", "reference")  # rows that are there whatever the checkpoints
 FRAMES = 8  # frames of a clip that are shown
 
@@ -65,6 +68,8 @@ class Truth:
     salient: frozenset[str]  # what a complete answer mentions: recall counts these
     unknown: frozenset[str] = frozenset()  # neither right nor wrong
     order: tuple[str, ...] = ()  # classes in the order of their first appearance
+    evidence: Evidence | None = None  # what is known of them besides: counts, sides, colours, lights, motion
+    actions: dict[str, list[str]] | None = None  # class -> what it does, as verbs of stage3/mentions.py's statements
 
     def verdict(self, name: str) -> str:
         """What a mention of class `name` is, in the words of pages/render.py."""
@@ -75,16 +80,26 @@ class Truth:
 
 def exact_truth(path: str, videos: list[str], problems: list[str]) -> dict[str, Truth]:
     """A truth file, {video: {"present": [..], "order": [..], ..}}; clips that it lacks are added to `problems`."""
-    truth = {}
-    for video, row in json.loads(Path(path).read_text(encoding="utf-8")).items():
-        present = frozenset(row["present"])
-        truth[video] = Truth(present, present, order=tuple(row.get("order", ())))
-    missing = [video for video in videos if video not in truth]
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    missing = [video for video in videos if video not in rows]
     if missing:
         problems.append(f"truth: {path} lacks {len(missing)} of {len(videos)} clips ({', '.join(missing[:3])} ..)")
-    unknown_names = set().union(*(truth[video].present for video in videos if video in truth)) - set(COCO_NAMES)
+    unknown_names = set().union(*(rows[video]["present"] for video in videos if video in rows)) - set(COCO_NAMES)
     if unknown_names:
         problems.append(f"truth: {path} has classes that are not COCO's: {', '.join(sorted(unknown_names))}")
+        return {}
+    truth, wrong = {}, []
+    for video, row in rows.items():
+        present = frozenset(row["present"])
+        try:
+            evidence = Evidence(present, **{key: row[key] for key in KNOWN_OF_CLASSES if key in row})
+        except ValueError as error:
+            wrong.append(f"{video}: {error}")
+            continue
+        truth[video] = Truth(present, present, order=tuple(row.get("order", ())), evidence=evidence,
+                             actions=row.get("actions"))
+    if wrong:
+        problems.append(f"truth: {path} is wrong in {len(wrong)} clips: {'; '.join(wrong[:3])}")
     return truth
 
 
@@ -93,7 +108,7 @@ def judged_truth(config: EvaluateConfig, entries) -> dict[str, Truth]:
     truth = {}
     for video, evidence in get_evidence(entries, config.video_root, config.judge, config.evidence_cache).items():
         if evidence is not None:
-            truth[video] = Truth(frozenset(evidence.present), frozenset(evidence.salient), frozenset(evidence.unknown))
+            truth[video] = Truth(evidence.present, evidence.salient, evidence.unknown, evidence=evidence)
     return truth
 
 
@@ -108,7 +123,11 @@ class Metric(NamedTuple):
     above: str = ""  # a count of score_text
     below: str = "texts"
     needs: str = ""  # the table shows a dash where this key of the block is 0
+    in_table: bool = True  # or in metrics.json only
 
+
+CLAIM_KINDS = ("colour", "light", "side", "motion", "count", "event")
+KIND_OF_FACT = {"from": "side", "to": "side"}  # a fact's kind where it is none of these
 
 # {key in metrics.json: column}. A new metric is one count in score_text and one line here. Reference captions are there
 # too: `counts["cider"] = cider(text, references)` and `"cider": Metric("CIDEr", 2, "cider")` add CIDEr.
@@ -122,6 +141,9 @@ METRICS = {
     "f1_macro": Metric("F1 macro", 2),  # computed in metrics_of from the counts of each class
     "chair_i": Metric("CHAIRi", 2, "invented", "mentions", needs="mentions"),
     "chair_s": Metric("CHAIRs", 2, "inventing", needs="mentions"),
+    "wrong_claims": Metric("wrong", 2, "wrong", "decided", needs="claims"),
+    **{f"wrong_{kind}": Metric(f"wrong {kind}", 2, f"wrong_{kind}", f"decided_{kind}", in_table=False)
+       for kind in CLAIM_KINDS},
     "order": Metric("order", 2, "agreeing", "pairs", needs="order_pairs"),
     "repetition": Metric("rep-4", 2, "repeated", "grams"),
     "tokens_per_second": Metric("tok/s", 0, "tokens", "seconds", needs="tokens_per_second"),
@@ -151,10 +173,31 @@ def score_text(text: str, truth: Truth, words: list[int], references: tuple[str,
         "grams": len(grams), "repeated": len(grams) - len(set(grams)),
         "pairs": len(pairs), "agreeing": sum(earlier < later for earlier, later in pairs),
     }
+    counts |= count_claims(text, truth)
     counts |= {("hit", name): 1 for name in said & truth.present}
     counts |= {("false", name): 1 for name in set(invented)}
     counts |= {("missed", name): 1 for name in truth.salient - said}
     return counts
+
+
+def count_claims(text: str, truth: Truth) -> dict[str, int]:
+    """What the text says of classes that are there, as far as the truth decides it: how much, and how much is wrong."""
+    verdicts = []  # (kind, "supported", "contradicted" or "unknown")
+    if truth.evidence is None:
+        return {}
+    caption = read_caption(text)
+    for fact, verdict in zip(caption.facts, judge_facts(caption, truth.evidence), strict=True):
+        verdicts.append((KIND_OF_FACT.get(fact.kind, fact.kind), verdict))
+    for statement in caption.statements:
+        acting = [name for name in statement.subject if name in truth.present and name in (truth.actions or {})]
+        if statement.kind in ("verb", "event") and acting:
+            right = any(statement.value in truth.actions[name] for name in acting)
+            verdicts.append(("event", "supported" if right else "contradicted"))
+    counts = Counter()
+    for kind, verdict in verdicts:
+        decided, wrong = verdict != "unknown", verdict == "contradicted"
+        counts.update({"decided": decided, "wrong": wrong, f"decided_{kind}": decided, f"wrong_{kind}": wrong})
+    return dict(counts)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -207,6 +250,7 @@ def score(predictions: list[dict], truth: dict[str, Truth], ranges: dict[str, li
         values = metrics_of(by_clip, draws, salient_classes)
         block[mode] = {key: round(float(value[0]), 4) for key, value in values.items()}
         block[mode]["mentions"] = sum(counts["mentions"] for counts in by_clip)
+        block[mode]["claims"] = sum(counts["decided"] for counts in by_clip)
         block[mode]["order_pairs"] = sum(counts["pairs"] for counts in by_clip)
         block[mode]["interval"] = {key: np.percentile(value[1:], [2.5, 97.5]).round(4).tolist()
                                    for key, value in values.items()}
@@ -371,7 +415,7 @@ def table_of_mode(metrics: dict, mode: str) -> list[list[str]]:
     """One mode's table, its head first. The order of events has no column where no system has such a pair."""
     systems = metrics["systems"]
     has_order = any(block[mode]["order_pairs"] for block in systems.values())
-    keys = [key for key in METRICS if key != "order" or has_order]
+    keys = [key for key in METRICS if METRICS[key].in_table and (key != "order" or has_order)]
     rows = [[mode.capitalize(), *(METRICS[key].head for key in keys), "mode acc."]]
     for name, block in systems.items():
         rows.append([name, *(cell(block[mode], key) for key in keys), f"{block['mode_accuracy']:.2f}"])
@@ -409,6 +453,8 @@ def marked(text: str, truth: Truth):
     for mention in find_mentions(text):
         kind = "negated" if mention.negated else truth.verdict(mention.object)
         spans.append((mention.start, mention.end, kind, f"{mention.object}: {kind}"))
+    for what, verdict, start, end in label_facts(text, truth.evidence) if truth.evidence else ():
+        spans.append((start, end, "unsupported" if verdict == "contradicted" else verdict, f"{what}: {verdict}"))
     return highlight(text, spans)
 
 

@@ -72,40 +72,34 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     run.start(config, checkpoint)
 
     # ---- data: prompts of the training split whose clips have evidence
-    held_out = sorted(held_out, key=lambda entry: entry.mode)  # batches of similar lengths
     evidence = get_evidence([*train_entries, *held_out], config.video_root, config.detector, config.evidence_cache,
                             barrier=accelerator.wait_for_everyone, log=run.print)
     prompts = find_prompts(config, train_entries, evidence)
-    run.print(f"stage 3 in {run.folder} on {accelerator.device} | {len(prompts)} prompts, {len(held_out)} held out")
 
     # ---- model and optimizer
     model, reference_hash = build_model(config, checkpoint, accelerator.device)
     model.set_trainable("lora")
     loop.record_clips(config, model, train_entries, held_out)
-    model.activation_checkpointing(config.activation_checkpointing)
     run.print(model.trainable_table())
     failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*prompts, *held_out]}))
     optimizer = loop.make_optimizer(model, {"lora": config.learning_rate})
     first_step, state = loop.restore(checkpoint, optimizer, failed_clips, accelerator.device)
     sampler = RolloutSampler(config, accelerator, model, run.folder, evidence, reward, failed_clips)
     total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
-    run.print(f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers")
-    usual = (state.get("usual_nll") or usual_nll(config, model, sampler, prompts)) if config.judge_language else None
-    if usual:
-        run.print("sound language, by the NLL of the worst tokens under stage 2: up to "
-                  + ", ".join(f"{nll:.2f} ({mode})" for mode, nll in usual.items()))
-    save = functools.partial(loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3,
-                             failed_clips=failed_clips, init_from=config.init_from, reference_sha256=reference_hash,
-                             usual_nll=usual)
+    run.print(f"stage 3 in {run.folder} on {accelerator.device} | {len(prompts)} prompts, {len(held_out)} held out | "
+              f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers")
+    sampler.usual_nll = state.get("usual_nll") or usual_nll(config, model, sampler, prompts, run.print)
+    save = functools.partial(
+        loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3, failed_clips=failed_clips,
+        init_from=config.init_from, reference_sha256=reference_hash, usual_nll=sampler.usual_nll)
 
     # ---- the loop: step 0 only evaluates, which gives the baseline. Resumed from a path, dead steps count from 0 again
     dead_steps, began = state.get("dead_steps", 0) if config.resume == "auto" else 0, time.perf_counter()
     for step in range(first_step, total_steps + 1):
         if step > first_step:
-            loop.set_learning_rates(optimizer, {"lora": config.learning_rate},
-                                    loop.learning_rate_factor(config, step - 1, total_steps))
-            values, records, live, problem = train_step(config, accelerator, model, optimizer, sampler, prompts, usual,
-                                                        step)
+            factor = loop.learning_rate_factor(config, step - 1, total_steps)
+            loop.set_learning_rates(optimizer, {"lora": config.learning_rate}, factor)
+            values, records, live, problem = train_step(config, accelerator, model, optimizer, sampler, prompts, step)
             values["seconds_left"] = (time.perf_counter() - began) / (step - first_step) * (total_steps - step)
             log_step(run, step, total_steps, values)
             run.log_rollouts(records)
@@ -162,17 +156,18 @@ def build_model(config, checkpoint, device):
             fail([f"init_from: {checkpoint} was trained against the adapter of {state['init_from']} "
                   f"(sha256 {state['reference_sha256'][:12]}), {config.init_from} holds another "
                   f"({reference_hash[:12]}): the KL would be measured against another policy"])
+    model.activation_checkpointing(config.activation_checkpointing)
     model.set_lora_dropout(0.0)  # sampling and scoring must use the same probabilities
     return model, reference_hash
 
 
-def train_step(config, accelerator, model, optimizer, sampler, prompts, usual, step):
+def train_step(config, accelerator, model, optimizer, sampler, prompts, step):
     """Sample, score, update. Returns (numbers for the log, records of all ranks, number of groups with something to
     learn from, None or why the run must stop)."""
     start = time.perf_counter()
     rollouts = sampler.roll_out(prompts, step)  # this rank's prompts, G scored answers each
-    if config.beta > 0 or usual:
-        judge_language(config, model, rollouts, usual)
+    if config.beta > 0 or sampler.usual_nll:
+        judge_language(config, model, rollouts, sampler.usual_nll)
     records = gather_records(rollouts)
     totals = compute_advantages(config, rollouts, records, sampler.prompts_per_rank)  # over the prompts of all ranks
     sampled = time.perf_counter()

@@ -29,7 +29,8 @@ import av
 import cv2
 import numpy as np
 
-from demo.grammar import copilot_caption, microscope_caption, raw_caption
+from demo.grammar import SHORT, SHORT_WHILE, SO, WHAT, WHILE, copilot_caption, fill, microscope_caption, raw_caption
+from stage3.mentions import read_caption
 from training.common import cpu_count, run_main, write_json
 
 WIDTH, HEIGHT, FRAMES, FPS = 320, 180, 24, 6
@@ -716,10 +717,26 @@ def truth_of(clip):
         "companions": [event.companion for event in script.events],
         "facts": event_facts(script),
         **exact_facts(script),
+        "actions": actions_of(script),
         "night": script.night,
         "city": script.city,
         "boxes": frames,
     }
+
+
+def actions_of(script):
+    """class -> the verbs by which any wording of its events says what it does, as stage3/mentions.py reads them."""
+    actions = {}
+    for event in script.events:
+        texts = [what + so for what in WHAT[event.kind] for so in SO[event.kind]] + list(SHORT[event.kind])
+        if event.companion:
+            texts += [*WHILE[event.companion], SHORT_WHILE[event.companion]]
+        for text in texts:
+            for statement in read_caption(fill(text, event).strip(" ,")).statements:
+                if statement.kind == "verb" and statement.subject != ("ego",):
+                    for name in statement.subject:
+                        actions.setdefault(name, set()).add(statement.value)
+    return {name: sorted(values) for name, values in sorted(actions.items())}
 
 
 def distinct(draw):
@@ -770,7 +787,7 @@ def make_one(index, seed, held_out, folder):
 
 def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
-    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 5}
+    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 6}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         say(f"{output_dir} is complete: {num_clips} clips")

@@ -6,6 +6,8 @@ does. What is usual is measured on stage 2's own samples before training (`usual
 within that range is paid in full, one that is twice as far out is paid nothing.
 """
 
+import itertools
+
 import torch
 
 from dataset import VideoError, encode_prompt
@@ -30,8 +32,11 @@ def language_factor(worst, usual):
 
 
 @torch.no_grad()
-def usual_nll(config, model, sampler, prompts) -> dict[str, float]:
-    """{mode: the largest `worst_nll` of stage 2's own samples}: a function of the seed, the prompts and stage 2."""
+def usual_nll(config, model, sampler, prompts, log=print) -> dict[str, float] | None:
+    """{mode: the largest `worst_nll` of stage 2's own samples}: a function of the seed, the prompts and stage 2. None
+    where language is not judged."""
+    if not config.judge_language:
+        return None
     modes = sorted(set(config.modes))
     chosen = prompts_of_step(prompts, 0, USUAL_PROMPTS * len(modes), modes, stable_seed(config.seed, "usual"))
     usual = {}
@@ -41,17 +46,23 @@ def usual_nll(config, model, sampler, prompts) -> dict[str, float]:
         entries = [entry for i, entry in enumerate(entries) if i in visual]
         if not entries:
             raise VideoError(chosen[0].video, f"nor can the other clips of {mode} be read: {errors[0]}")
-        worst = []
-        for entry, tokens in zip(entries, visual.values(), strict=True):
-            seeds = [stable_seed(config.seed, "usual", entry.id, k) for k in range(config.num_generations)]
-            prompt = encode_prompt(model.tokenizer, entry.question, model.num_visual_tokens)
+        size, worst, tokens = sampler.prompts_per_rank, [], list(visual.values())  # as many at once as in a step
+        for start in range(0, len(entries), size):
+            batch = entries[start:start + size]
+            seeds = []
+            for entry in batch:
+                seeds.append([stable_seed(config.seed, "usual", entry.id, k) for k in range(config.num_generations)])
+            asked = [encode_prompt(model.tokenizer, entry.question, model.num_visual_tokens) for entry in batch]
             with reference_policy(model):
-                (answers,) = sample_groups(model, [prompt], tokens[None], [seeds], [sampler.limits[mode]],
-                                           temperature=config.temperature, shared_prefix=config.shared_prefix)
-            for answer in answers:
+                groups = sample_groups(model, asked, torch.stack(tokens[start:start + size]), seeds,
+                                       [sampler.limits[mode]] * len(batch), temperature=config.temperature,
+                                       shared_prefix=config.shared_prefix)
+            for answer in itertools.chain(*groups):
                 logps = torch.tensor([answer.logps])  # [1, T]
                 worst.append(worst_nll(logps, torch.ones_like(logps, dtype=torch.bool)).item())
         usual[mode] = round(max(worst), 2)
+    ranges = ", ".join(f"{nll:.2f} ({mode})" for mode, nll in usual.items())
+    log(f"sound language: the worst tokens of stage 2's own answers have an NLL of up to {ranges}")
     return usual
 
 

@@ -719,11 +719,15 @@ def _split_sentences(caption, inside_phrase):
 # What a caption says of the objects that it names
 
 
-def _subject_of(named, i):
+def _subject_of(named, i, begins=0):
     """What the verb at word i is said of: the first thing that its clause names before it ("a car behind a truck
-    brakes"), else the first after it ("behind us follows a car"); None if the clause names nothing."""
+    brakes"), else the first after it ("behind us follows a car"); None if the clause names nothing. begins: where a
+    second subject may begin ("a bus stops and the ego vehicle passes it")."""
     if not named:
         return None
+    second = next((subject for first, subject in named if begins < first < i), None) if begins else None
+    if second:
+        return second
     return named[0][1] if named[0][0] < i else next((subject for first, subject in named if first > i), None)
 
 
@@ -743,12 +747,14 @@ def find_statements(caption):
             if clause.ego:
                 named += [(i, ("ego",)) for i in clause.span if caption.roles[i] == "ego"]
             named.sort()
-            verb_subject = None
+            verb_subject, begins = None, 0  # begins: at an "and" after a verb
             for i in clause.span:
+                if caption.words[i] == "and" and (verb_subject or "ego" in caption.roles[i + 1:i + 3]):
+                    begins = i
                 if kind := "verb" if caption.verbs[i] else "event" if _is_event(caption, i) else "":
                     if _is_about_road(caption, i):
                         continue
-                    known = ("ego",) if _is_command(caption, clause, i) else _subject_of(named, i)
+                    known = ("ego",) if _is_command(caption, clause, i) else _subject_of(named, i, begins)
                     verb_subject = known or (not has_own_subject(caption, clause) and subject) or ()
                     statements.append(Statement(verb_subject, kind, _verb_value(caption, i, verb_subject), i))
                 if own and caption.attributes[i]:

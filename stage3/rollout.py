@@ -277,6 +277,7 @@ class RolloutSampler:
         self.visual_tokens = VisualTokens(model, folder / "visual_tokens", config.video_root, config.frame_cache)
         self.evidence, self.reward = evidence, reward
         self.failed_clips, self.limits = failed_clips, answer_limits(config)
+        self.usual_nll = None  # {mode: nats}: see stage3/language.py
         self.prompts_per_rank = config.per_device_batch_size * config.gradient_accumulation_steps
         self.prompts_per_step = self.prompts_per_rank * accelerator.num_processes
 
@@ -342,6 +343,7 @@ class RolloutSampler:
     def evaluate(self, held_out) -> dict[str, float]:
         """Loss of the held-out captions and reward of greedy answers, by mode, divided among the ranks."""
         sums, size, errors = Counter(), self.config.eval_batch_size, []
+        held_out = sorted(held_out, key=lambda entry: entry.mode)  # batches of similar lengths
         own = held_out[self.accelerator.process_index::self.accelerator.num_processes]
         for start in range(0, len(own), size):
             errors += self._evaluate_batch(own[start:start + size], sums)

@@ -14,7 +14,7 @@ import yaml
 
 from training import config as configs
 from training.common import ConfigError, cpu_count, load_config, run_main
-from training.config import Stage1Config, Stage2Config, TrainKeys
+from training.config import Stage1Config, Stage2Config, Stage3Config, TrainKeys
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +63,11 @@ def test_none_is_understood_in_yaml_and_flags(tmp_path):
     file.write_text("max_steps: none\nframe_cache: none\ninit_from: null\nresume: none\n")
     config = load_config(Config, ["--config", str(file)])
     assert (config.max_steps, config.frame_cache, config.init_from, config.resume) == (None, None, None, "none")
+
+
+def test_the_word_none_stays_a_word_where_a_key_has_no_none():
+    config = load_config(Stage3Config, ["--resume", "none", "--max_kl", "none"])
+    assert (config.resume, config.max_kl) == ("none", None)
 
 
 def test_flags_may_have_dashes_underscores_equals_signs_and_nested_keys():
@@ -230,7 +235,7 @@ PROGRAMS = {  # program: (its configuration, files that read it beyond the progr
     "train_stage1_ddp.py": (configs.Stage1Config, ["training/loop.py", "training/run_folder.py", "dataset.py"]),
     "train_stage2.py": (configs.Stage2Config, ["training/loop.py", "training/run_folder.py", "dataset.py"]),
     "train_stage3.py": (configs.Stage3Config, ["training/loop.py", "training/run_folder.py", "dataset.py",
-                                               "stage3/rollout.py", "stage3/grpo.py"]),
+                                               "stage3/rollout.py", "stage3/grpo.py", "stage3/language.py"]),
     "stage3/detect_objects.py": (configs.DetectConfig, ["dataset.py"]),
     "stage3/import_boxes.py": (configs.ImportConfig, ["stage3/detect_objects.py", "dataset.py"]),
     "evaluate.py": (configs.EvaluateConfig, ["dataset.py"]),
