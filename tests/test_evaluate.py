@@ -12,7 +12,18 @@ import pytest
 import evaluate as evaluation
 import generate
 from dataset import MODE_TABLE, MODES, Entry, load_split
-from evaluate import Truth, cell, change_frames, constant_caption, evaluate, marked, score, score_text, table
+from evaluate import (
+    Truth,
+    cell,
+    change_frames,
+    constant_caption,
+    count_claims,
+    evaluate,
+    marked,
+    score,
+    score_text,
+    table,
+)
 from model import DriveVLM
 from stage3.grpo_reward_func import Evidence
 from training.common import ConfigError
@@ -338,3 +349,26 @@ def test_generate_answers_about_a_real_street(folders, shared, capsys):
     assert generate.main(["--checkpoint", str(folders / "stage1"), "--video", str(shared / "real_street.mp4"),
                           "--max_new_tokens", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] <= 4
+
+
+def test_wrong_claims_are_counted_of_those_that_the_truth_decides():
+    """Said: colour right, count wrong, side right (from), event right; light wrong, its event right; the bus's colour
+    undecided, its event wrong. Nothing is said of what is not there."""
+    evidence = Evidence({"car", "person", "traffic light", "bus"}, counts={"person": 1}, sides={"person": {"left"}},
+                        light=("red",), colours={"car": {"white"}, "bus": {"unknown"}})
+    truth = Truth(evidence.present, evidence.present, evidence=evidence, actions={
+        "car": ["brake"], "person": ["cross"], "traffic light": ["change"], "bus": ["approach", "pass"]})
+    text = ("A white car ahead brakes. Two pedestrians cross from the left. The light turns green. A red bus merges. "
+            "A blue truck stops.")
+    counts = count_claims(text, truth)
+    assert {key: value for key, value in counts.items() if value} == {
+        "decided": 8, "wrong": 3, "decided_colour": 1, "decided_event": 4, "wrong_event": 1, "decided_count": 1,
+        "wrong_count": 1, "decided_side": 1, "decided_light": 1, "wrong_light": 1}
+    assert count_claims(text, Truth(evidence.present, evidence.present)) == {}
+    row = {"mode": "copilot", "video": "a", "id": "a#copilot", "text": text, "sample": 0, "ended": True, "tokens": 9,
+           "seconds": 1.0}
+    block = score([row], {"a": truth}, {"copilot": [1, 99]})["copilot"]
+    assert block["wrong_claims"] == pytest.approx(3 / 8, abs=1e-4) and block["claims"] == 8
+    assert block["wrong_light"] == 1 and block["wrong_event"] == 0.25 and block["wrong_motion"] == 0
+    nothing = score([row | {"text": "A bus."}], {"a": truth}, {"copilot": [1, 99]})["copilot"]
+    assert cell(nothing, "wrong_claims") == "–"
