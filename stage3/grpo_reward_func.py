@@ -71,7 +71,7 @@ MODE_REWARDS = {  # a further mode needs one entry here, and nothing else in thi
 CRITICAL_ERROR_FACTOR = 0.3  # x R_hall if an error is about a safety-critical class
 NO_CLAIM_SCORE = 0.5  # R_hall of a caption that claims nothing: no error, but no help either
 UNCONFIRMED_ERROR = 0.5  # "ambulance" where a truck is present, as a fraction of an error
-CONTRADICTED_ERROR = 0.5  # "red light" where it is green, as a fraction of an error
+CONTRADICTED_ERROR = 1.0  # "red light" where it is green, as a fraction of an error
 UNSUPPORTED_PAY = 1 / 3  # of a verb, attribute or scene fact that neither evidence nor the reference supports
 SCENE_ERROR_COST = 0.5  # R_detail loses this share for each kind of scene fact that contradicts the reference
 IDLE_COST = 0.5  # style loses this x the share of words that say nothing, beyond the reference's own share
@@ -175,12 +175,13 @@ def hallucination_part(claimed, evidence):
 def temporal_part(caption, claimed, evidence, support, said, settings):
     """R_temp = grounding x order x supported x mean of (verbs / target, connectives / target), each at most 1.
 
-    supported: mean support of what the caption says that things do.
+    supported: the square of the mean support of what the caption says that things do.
     """
     verbs = min(1.0, _paid_verbs(caption, evidence, support, settings) / settings.verb_target)
     connectives = min(1.0, _count_connectives(caption, settings) / settings.connective_target)
     restraint = _connective_restraint(caption, said) if said else 1.0
-    factor = claimed.grounding * order_factor(caption, evidence) * mean_support(caption, support, evidence, ACTIONS)
+    supported = mean_support(caption, support, evidence, ACTIONS) ** 2
+    factor = claimed.grounding * order_factor(caption, evidence) * supported
     return factor * (0.5 * verbs + 0.5 * connectives * restraint)
 
 
@@ -250,8 +251,8 @@ def order_factor(caption, evidence):
 
 
 def _narrated_steps(caption):
-    """(classes named as present, whether a verb of motion tells of them) of each step, in the order in which the text
-    says the steps happen.
+    """(classes named as present, whether it tells of them and does not only list them) of each step, in the order in
+    which the text says the steps happen.
 
     Clauses joined by "while", "as", "when" are one step; "after" and an initial "before" swap their clauses.
     """
@@ -265,7 +266,7 @@ def _narrated_steps(caption):
             if not clause.verbs and vocab.AUXILIARIES.isdisjoint(caption.words[clause.first:clause.stop]):
                 continue  # an item of a list, or "at the traffic light,": part of the step that follows
             first_word = caption.words[clause.first]
-            tells = bool(clause.verbs)
+            tells = bool(clause.verbs) or len(pending) == 1 and first_word != "there"  # "there is a car, a bus": no
             if steps and first_word in vocab.SIMULTANEOUS:
                 steps[-1] = (steps[-1][0] + pending, steps[-1][1] or tells)
             elif steps and (first_word == "after" or swap_next):
@@ -422,7 +423,8 @@ def _judge(fact, name, evidence):
     if kind == "light":
         return _judge_set({value}, set(evidence.light or ())) if name == "traffic light" else "unknown"
     if kind == "colour":
-        seen, values = set((evidence.colours or {}).get(name, ())), set(value.split("|"))
+        seen = {vocab.VEHICLE_COLOURS.get(colour, colour) for colour in (evidence.colours or {}).get(name, ())}
+        values = set(value.split("|"))
         similar = any(frozenset((a, b)) in vocab.SIMILAR_COLOURS for a in values for b in seen)
         return "unknown" if similar and not values & seen else _judge_set(values, seen)
     moves, sides = set((evidence.motion or {}).get(name, ())), set((evidence.sides or {}).get(name, ()))
