@@ -32,6 +32,7 @@ from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
 from training.common import DriveVLMError, replacing, stable_seed
+from training.config import WORDS
 from training.workers import in_child
 
 IGNORE_INDEX = -100
@@ -53,8 +54,9 @@ class Mode:
 
 
 MODE_TABLE = {
-    "microscope": Mode("Describe the video in detail.", word_range=(100, 1000), max_new_tokens=1024, colour="#2563eb"),
-    "copilot": Mode("Summarize the driving scene concisely.", word_range=(5, 80), max_new_tokens=128,
+    "microscope": Mode("Describe the video in detail.", word_range=WORDS["microscope"].usual, max_new_tokens=1024,
+                       colour="#2563eb"),
+    "copilot": Mode("Summarize the driving scene concisely.", word_range=WORDS["copilot"].usual, max_new_tokens=128,
                     colour="#d9480f"),
 }
 MODES = {name: mode.question for name, mode in MODE_TABLE.items()}

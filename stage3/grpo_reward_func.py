@@ -26,6 +26,7 @@ from stage3.mentions import (
     names_object,
     read_caption,
 )
+from training.config import WORDS, Words
 
 __all__ = ["MODE_REWARDS", "PARTS", "REWARD_WEIGHTS", "Evidence", "ModeReward", "Reward", "find_mentions",
            "label_mentions", "physics_aware_reward"]
@@ -38,7 +39,7 @@ PARTS = tuple(REWARD_WEIGHTS)
 class ModeReward:
     """What the reward expects of the captions of one mode. Targets are counts at which a score is full."""
 
-    length_window: tuple[int, int, int, int]  # words at which the length gate is 0, 1, 1 and 0, linear between
+    words: Words  # numbers of words that are paid
     verb_target: int  # distinct dynamic verbs
     connective_target: int  # distinct connectives
     clauses_count_as_connectives: bool  # every true clause with a verb after the first counts like a connective
@@ -52,18 +53,18 @@ class ModeReward:
 
 MODE_REWARDS = {  # a further mode needs one entry here, and nothing else in this file
     "microscope": ModeReward(
-        length_window=(8, 32, 500, 900),  # 300 real reports: 142 to 667 words, 95% under 482
+        words=WORDS["microscope"],
         verb_target=4, connective_target=3, clauses_count_as_connectives=False,
         attribute_scores=(0.0, 0.7, 1.0), scene_target=3, scene_weight=0.4,
         telegraphic=False,
         free_stale_share=0.65, lone_words=3,  # stale words in real reports: median 21%, at most 66%
     ),
     "copilot": ModeReward(
-        length_window=(1, 4, 20, 70),  # 300 toy lines: 12 to 27 words, median 16
+        words=WORDS["copilot"],
         verb_target=2, connective_target=1, clauses_count_as_connectives=True,
         attribute_scores=(0.0, 1.0), scene_target=1, scene_weight=0.2,
         telegraphic=True,
-        free_stale_share=0.6, lone_words=4,
+        free_stale_share=0.2, lone_words=4,
     ),
 }
 
@@ -120,9 +121,9 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
     mark_clauses(caption, claimed, evidence, settings)
     said = reference_facts(reference) if reference is not None else None
     support = find_support(caption, verdicts, evidence, said)
-    new_share = new_words_share(caption)
+    new_share = new_words_share(caption, settings)
     gate = caption_gate(caption, claimed, new_share, settings)
-    style_gate = gate * length_gate(len(caption.words), new_share, settings)
+    style_gate = gate * length_gate(caption, new_share, said, settings)
     style_gate *= idle_gate(caption, support, evidence, said)
     parts = {
         "objects": gate * objects_part(claimed, evidence),
@@ -135,7 +136,7 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
 
 def _is_readable(text, settings):
     """The text is not so long that it cannot be an answer of the mode: 100 kB would take long to read."""
-    most = 4 * settings.length_window[3]
+    most = 4 * settings.words.paid[3]
     return sum(1 for _ in islice(WORD.finditer(text), most + 1)) <= most
 
 
@@ -576,6 +577,7 @@ class ReferenceFacts:
     scene: dict[str, set[str]]
     idle_share: float  # of its words are in clauses that say nothing
     connective_rate: float  # connectives per word
+    function_words: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -585,7 +587,8 @@ def reference_facts(text):
     for statement in caption.statements:
         statements.update((name, statement.kind, statement.value) for name in statement.subject or ("",))
     said = ReferenceFacts(frozenset(statements), scene_facts(caption), 0.0,
-                          sum(map(bool, caption.connectives)) / max(1, len(caption.words)))
+                          sum(map(bool, caption.connectives)) / max(1, len(caption.words)),
+                          count_function_words(caption))
     return replace(said, idle_share=_idle_share(caption, [1.0] * len(caption.statements), None, said))
 
 
@@ -685,10 +688,21 @@ def _ramp(x, low, high):
     return min(1.0, max(0.0, (x - low) / (high - low)))
 
 
-def length_gate(num_words, new_share, settings):
-    """Factor of R_temp and R_detail. Words in sentences that say nothing new do not help to reach the minimum."""
-    low, full, most, high = settings.length_window
-    return min(_ramp(num_words * new_share, low, full), 1.0 - _ramp(num_words, most, high))
+def length_gate(caption, new_share, said, settings):
+    """Factor of R_temp and R_detail. Words in sentences that say nothing new do not help to reach the minimum; function
+    words beyond the mode's number, or the reference's own, make a line too wordy."""
+    low, full, most, high = settings.words.paid
+    num_words = len(caption.words)
+    gate = min(_ramp(num_words * new_share, low, full), 1.0 - _ramp(num_words, most, high))
+    if settings.words.function_words:
+        free, wordy = settings.words.function_words
+        more = max(0.0, said.function_words - free) if said else 0.0
+        gate = min(gate, 1.0 - _ramp(count_function_words(caption), free + more, wordy + more))
+    return gate
+
+
+def count_function_words(caption):
+    return sum(word in vocab.FUNCTION_WORDS for word in caption.words)
 
 
 def caption_gate(caption, claimed, new_share, settings):
@@ -804,8 +818,9 @@ def _not_running_english(caption, span, looks):
     return found
 
 
-def new_words_share(caption):
-    """Share of the words that are in sentences which say something that no other sentence says.
+def new_words_share(caption, settings):
+    """Share of the words that are in sentences which say something that no other sentence says. In telegraphic lines
+    short ones count too ("Speed: reduce.").
 
     Sentences are taken from the one that says most, so that their order in the text does not matter.
     """
@@ -817,7 +832,7 @@ def new_words_share(caption):
     sentences.sort(key=lambda item: (-len(item[0]), item[1], sorted(map(str, item[0]))))
     known, new_words = set(), 0
     for facts, length in sentences:
-        if not facts <= known:
+        if not facts <= known or settings.telegraphic and length <= FREE_SENTENCE:
             new_words += length
         known |= facts
     return new_words / len(caption.words)

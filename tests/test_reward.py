@@ -23,6 +23,7 @@ from stage3.grpo_reward_func import (
     physics_aware_reward,
 )
 from stage3.vocabulary_config import COCO_NAMES, SAFETY_CRITICAL
+from training.config import Words
 
 M, C = "microscope", "copilot"
 
@@ -681,7 +682,7 @@ def test_the_length_window_depends_on_the_mode():
 
 
 def test_a_third_mode_needs_one_entry(monkeypatch):
-    monkeypatch.setitem(MODE_REWARDS, "brief", replace(MODE_REWARDS[M], length_window=(1, 8, 100, 200)))
+    monkeypatch.setitem(MODE_REWARDS, "brief", replace(MODE_REWARDS[M], words=Words((1, 200), (1, 8, 100, 200))))
     assert physics_aware_reward(F, D, "brief") == physics_aware_reward(F, D, M)
     assert score(SENTENCES[0], mode="brief") > score(SENTENCES[0])
 

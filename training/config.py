@@ -9,6 +9,24 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+@dataclass(frozen=True)
+class Words:
+    """Numbers of words of one mode's answers, for all that looks at lengths."""
+
+    usual: tuple[int, int]  # fewest and most of a usual answer: check_dataset.py, evaluate.py
+    paid: tuple[int, int, int, int]  # at which the reward's length factor is 0, 1, 1 and 0, linear between
+    function_words: tuple[int, int] | None = None  # at which that factor begins to fall, and is 0: a line is no prose
+    asked: tuple[int, int] | None = None  # fewest and most that augment_captions.py asks for in a summary
+
+
+WORDS = {
+    # 300 real reports: 142 to 667 words, 95% under 482
+    "microscope": Words(usual=(100, 1000), paid=(8, 32, 500, 900)),
+    # 91 lines of many styles: 4 to 56 words, up to 17 function words; toy lines: 12 to 27 words, summaries: 30 to 60
+    "copilot": Words(usual=(5, 80), paid=(1, 4, 60, 100), function_words=(10, 35), asked=(30, 60)),
+}
+
+
 @dataclass
 class Config:
     """Base of all programs' keys."""
@@ -411,8 +429,8 @@ class AugmentConfig(Config):
     top_p: float = 0.95  # sample from the likeliest tokens that hold this probability together
     rewrite_shortest: float = 0.7  # a rewrite has at least this share of the original's words
     rewrite_longest: float = 1.4  # ... and at most this one
-    summary_min_words: int = 30  # fewest words of a summary; shorter originals are not summarised
-    summary_max_words: int = 60  # most words of a summary
+    summary_min_words: int = WORDS["copilot"].asked[0]  # fewest words of a summary; shorter originals get none
+    summary_max_words: int = WORDS["copilot"].asked[1]  # most words of a summary
     max_overlap: float = 0.6  # a text that shares more of its runs of 4 words with another is a copy of it
 
     def problems(self):
