@@ -8,6 +8,7 @@ keep degenerate text from scoring. docs/reward.md explains the formulas and the 
 """
 
 import functools
+import math
 import re
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, permutations
@@ -122,7 +123,7 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
     said = reference_facts(reference) if reference is not None else None
     support = find_support(caption, verdicts, evidence, said)
     new_share = new_words_share(caption, settings)
-    gate = caption_gate(caption, claimed, new_share, settings)
+    gate = math.prod(caption_gates(caption, claimed, new_share, settings).values())
     style_gate = gate * length_gate(caption, new_share, said, settings)
     style_gate *= idle_gate(caption, support, evidence, said)
     parts = {
@@ -705,14 +706,15 @@ def count_function_words(caption):
     return sum(word in vocab.FUNCTION_WORDS for word in caption.words)
 
 
-def caption_gate(caption, claimed, new_share, settings):
-    """Factor of all four parts: word order x variety x focus x no piles x no list of denials."""
-    language = _word_order(caption)
+def caption_gates(caption, claimed, new_share, settings):
+    """The gates, {name: factor of all four parts}. tests/test_reward_gates.py shows what each stops, and that none of
+    them touches honest texts."""
     variety = VARIETY_FLOOR + (1 - VARIETY_FLOOR) * _variety(caption)
     focus = 1.0 - STALE_COST * _ramp(1.0 - new_share, settings.free_stale_share, ALL_STALE)
     piles = 1.0 - min(MAX_PILE_COST, PILE_COST * _stuffed_share(caption, settings))
     denials = 1.0 - min(MAX_DENIAL_COST, DENIAL_COST * max(0, claimed.true_denials - FREE_DENIALS))
-    return language * variety * focus * piles * denials
+    return {"word order": _word_order(caption), "variety": variety, "focus": focus, "piles": piles,
+            "denials": denials}
 
 
 def _is_broken(reading, i):
