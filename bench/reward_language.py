@@ -80,12 +80,15 @@ def measure_kinds(judge: Judge, entries, records: list[dict], seed: int) -> dict
                if record["mode"] == mode and "language" in record]
         if own:
             rows["stage 3's answers"] = own
-        table[mode] = {kind: {"n": len(values), "worst": statistics.fmean(worst for worst, _ in values),
-                              "largest": max(worst for worst, _ in values),
-                              "paid": statistics.fmean(factor for _, factor in values),
-                              "whole": sum(factor == 1 for _, factor in values) / len(values)}
-                       for kind, values in rows.items()}
+        table[mode] = {kind: describe(values) for kind, values in rows.items()}
     return table
+
+
+def describe(values: list[tuple[float, float]]) -> dict:
+    """Numbers of some texts' (worst NLL, factor)."""
+    worst, factors = zip(*values, strict=True)
+    return {"n": len(values), "worst": statistics.fmean(worst), "largest": max(worst),
+            "paid": statistics.fmean(factors), "whole": sum(factor == 1 for factor in factors) / len(values)}
 
 
 def climb(judge: Judge, entry, evidence, words, steps: int, seed: int, with_language: bool) -> dict:
@@ -137,8 +140,8 @@ def main(argv=None):
         runs = [climb(judge, entry, evidence[entry.video], words, args.climb_steps, args.seed, with_language)
                 for entry in held_out if entry.video in videos]
         climbs[name] = runs
-        means = [statistics.fmean(run[key] for run in runs) for key in ("start", "end", "gain")]
-        print(f"| {name} | {means[0]:.3f} | {means[1]:.3f} | {means[2]:+.3f} | "
+        start, end = statistics.fmean(run["start"] for run in runs), statistics.fmean(run["end"] for run in runs)
+        print(f"| {name} | {start:.3f} | {end:.3f} | {end - start:+.3f} | "
               f"{max(run['gain'] for run in runs):+.3f} | {sum(run['edited'] for run in runs)} of {len(runs)} |")
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"usual": judge.usual, "kinds": kinds, "climbs": climbs}, indent=2))

@@ -401,7 +401,10 @@ def judge_facts(caption, evidence):
     for i, fact in enumerate(caption.facts):
         if fact.kind != "light" or verdicts[i] != "supported" or "unknown" in light:
             continue
-        turns = not LIGHT_VERBS.isdisjoint(caption.verbs[max(0, fact.first - 3):fact.first])
+        begin = fact.first
+        while begin > 0 and fact.first - begin < 3 and caption.breaks[begin] < COMMA:
+            begin -= 1
+        turns = not LIGHT_VERBS.isdisjoint(caption.verbs[begin:fact.first])
         first = 0 if at is None else at + 1 if turns and light[at] == fact.value else at
         later = next((k for k in range(first, len(light)) if light[k] == fact.value), None)
         if later is not None:

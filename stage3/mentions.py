@@ -739,7 +739,7 @@ def find_statements(caption):
     """
     statements, subject = [], None
     for clauses in caption.sentences:
-        if caption.words[clauses[0].first] not in vocab.CONTINUING:
+        if not _continues(caption, clauses[0]):
             subject = None
         for clause in clauses:
             own = [claim for claim in clause.claims if claim.kind == "object" and not claim.negated]
@@ -765,6 +765,12 @@ def find_statements(caption):
             if clause.claims or clause.ego:
                 subject = verb_subject or _subject_of(named, clause.stop)
     return statements
+
+
+def _continues(caption, clause):
+    """The sentence of this first clause goes on about what the one before spoke of: "It turns", "Then it stops"."""
+    first, second = caption.words[clause.first], _word(caption, clause.first + 1)
+    return first in vocab.CONTINUING or caption.connectives[clause.first] != "" and second in ("it", "they")
 
 
 def has_own_subject(caption, clause):
@@ -817,7 +823,7 @@ def find_facts(caption):
     """
     facts, light = [], None  # light: the sentence's last traffic light, for "it turns red, then green"
     for clauses in caption.sentences:
-        if caption.words[clauses[0].first] not in vocab.CONTINUING:
+        if not _continues(caption, clauses[0]):
             light = None
         for clause in clauses:
             if caption.words[clause.first] == "until":
@@ -841,6 +847,7 @@ def _noun_phrase_facts(caption, claim, taken):
     while first > 0 and claim.first - first < 6 and caption.breaks[first] < COMMA and not caption.roles[first - 1]:
         word = words[first - 1]
         joins = word == "and" and ATTRIBUTE_OF.get(words[first]) == "colour"
+        joins = joins and _word(caption, first - 3) not in VERB_OF  # not "turns red and white cars stop"
         of = word == "of" and first > 1 and words[first - 2] in vocab.COUNTS
         if word in vocab.FUNCTION_WORDS - vocab.NUMBERS and not joins and not of or caption.connectives[first - 1]:
             break
