@@ -20,7 +20,7 @@ from evaluate import METRICS
 from training.common import read_jsonl
 
 OUT, DOCS = Path("output/demo"), Path("docs")
-COLUMNS = {"recall": "recall", "chair_i": "CHAIRi", "order": "order"}
+COLUMNS = {"recall": "recall", "chair_i": "CHAIRi", "wrong_claims": "wrong claims", "order": "order"}
 
 
 def readme_table(metrics: dict) -> str:
