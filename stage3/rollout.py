@@ -229,6 +229,10 @@ def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, sha
 # Rewards
 
 
+RECORD_KEYS = frozenset("step slot k id video mode text tokens ended reward mentions claims evidence nll worst_nll "
+                        "language advantage".split())
+
+
 def load_reward(config):
     """(reward function of `config.reward`, None), or (None, what is wrong with it or with `config.reward_weights`).
 
@@ -242,6 +246,8 @@ def load_reward(config):
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         return None, f"reward: {config.reward} does not work as module:function: {type(error).__name__}: {error}"
     parts.pop("total", None)  # ours also returns its own weighted sum
+    if taken := sorted(set(parts) & RECORD_KEYS):
+        return None, f"reward: {config.reward} has parts named as other things in rollouts.jsonl: {', '.join(taken)}"
     if set(config.reward_weights) != set(parts):
         return None, (f"reward_weights: has {', '.join(config.reward_weights)}, but the parts of {config.reward} are "
                       f"{', '.join(parts)} (a weight of 0 leaves a part out)")

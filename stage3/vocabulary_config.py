@@ -170,6 +170,7 @@ COMPOUND_HEADS = {
 
 # Other phrases in which an object's name (or "light") is not that object, in the singular.
 NEUTRAL = (
+    "unseen vehicle", "unseen car", "unseen pedestrian",
     "people mover", "men at work", "with trolley", "with a trolley", "shopping trolley",
     "at phone", "on phone", "on the phone", "at her phone", "at his phone", "at their phone", "on her phone",
     "on his phone", "on their phone", "at a phone",

@@ -220,6 +220,18 @@ def test_the_report_shows_the_groups_that_differ_most(run_folder):
     assert not list(folder.glob(".*"))
 
 
+def test_the_report_colours_claims_and_shows_what_the_language_is_worth(run_folder):
+    folder, config = run_folder
+    answers = [record(1, 0, k, reward, text="A red car waits.") | {
+        "mentions": [], "claims": [["car colour red", verdict, 2, 5]], "nll": 0.4, "worst_nll": 5.25, "language": 0.75}
+        for k, (reward, verdict) in enumerate(((0.9, "supported"), (0.1, "contradicted"), (0.5, "unknown")))]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    page = write_report(folder, config).read_text()
+    for kind, verdict in (("supported", "supported"), ("unsupported", "contradicted"), ("unknown", "unknown")):
+        assert f'<mark class="{kind}" title="car colour red: {verdict}">red</mark>' in page
+    assert page.count("language 0.75") == 3 and "worst tokens under stage 2: 5.25 nats, mean 0.40" in page
+
+
 def test_the_report_can_be_written_without_curves_and_metrics(run_folder):
     folder, config = run_folder
     (folder / "curves.png").unlink()

@@ -3,6 +3,7 @@
 Run: `python -m pytest tests/test_stage3.py -q`
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -552,6 +553,21 @@ def test_the_wrong_stage_is_refused(stage2, finished, tmp_path, capsys):
     with pytest.raises(ConfigError):
         run_stage3(stage2, tmp_path / "run", "--init_from", finished)
     assert "it holds stage 3, but stage 2 is needed here" in capsys.readouterr().err
+
+
+@dataclasses.dataclass
+class Talk:
+    language: float
+    manners: float
+
+
+def talk(caption, evidence, mode, reference=None):
+    return Talk(1.0, 0.5)
+
+
+def test_parts_of_a_reward_must_not_be_named_as_other_things_of_a_rollout():
+    config = Stage3Config(reward="test_stage3:talk", reward_weights={"language": 1.0, "manners": 1.0})
+    assert "named as other things in rollouts.jsonl: language" in load_reward(config)[1]
 
 
 def test_reward_weights_must_name_the_parts_of_the_reward():
