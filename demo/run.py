@@ -1,6 +1,6 @@
 """The whole pipeline on the toy world: clips -> checks -> stage 1 -> stage 2 -> stage 3 -> table. No GPU, no downloads.
 
-    make demo        (python -m demo.run)             about 8 minutes on 2 cores
+    make demo        (python -m demo.run)             about 9 minutes on 2 cores
     make results     (python -m demo.run --results)   adds seeds, sampled rows and the control; takes longer
 
 Interrupt and rerun it: it resumes. A finished part is not run again: each leaves a stamp in output/demo/.done/ that
@@ -60,7 +60,7 @@ def demo_parts() -> list[Part]:
         Part("detect", "Evidence: what the toy YOLO sees in each clip",
              [PYTHON, "-m", "stage3.detect_objects", "--config", f"{c}/stage3.yaml"], OUT / "evidence", 53),
         Part("stage3", "Stage 3: GRPO, rewarded for what the evidence confirms",
-             [PYTHON, "train_stage3.py", "--config", f"{c}/stage3.yaml"], OUT / "stage3", 165, trains=True),
+             [PYTHON, "train_stage3.py", "--config", f"{c}/stage3.yaml"], OUT / "stage3", 178, trains=True),
         Part("evaluate", "Evaluation on the held-out clips, by exact truth",
              [PYTHON, "evaluate.py", "--config", f"{c}/stage3.yaml", "--output_dir", f"{OUT}/evaluate", "--checkpoint",
               *(f"{s}={OUT}/{s}" for s in ("stage1", "stage2", "stage3"))], OUT / "evaluate", 30),
@@ -177,7 +177,7 @@ def results_parts(seed: int, steps: int) -> list[Part]:
               "--output_dir", f"{out}/stage2", *s], out / "stage2", 124, trains=True),
         Part(f"s{seed}-stage3", f"Seed {seed}: stage 3",
              [PYTHON, "train_stage3.py", "--config", f"{c}/stage3.yaml", "--init_from", f"{out}/stage2",
-              "--output_dir", f"{out}/stage3", *s], out / "stage3", 165, trains=True),
+              "--output_dir", f"{out}/stage3", *s], out / "stage3", 178, trains=True),
     ] if stages == out else []
     parts.append(Part(
         f"s{seed}-control", f"Seed {seed}: control, stage 2 trained on for as long as stage 3 takes",

@@ -30,7 +30,7 @@ from stage3.mentions import (
 from training.config import WORDS, Words
 
 __all__ = ["MODE_REWARDS", "PARTS", "REWARD_WEIGHTS", "Evidence", "ModeReward", "Reward", "find_mentions",
-           "label_mentions", "physics_aware_reward"]
+           "judge_facts", "label_facts", "label_mentions", "physics_aware_reward"]
 
 REWARD_WEIGHTS = {"objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15}
 PARTS = tuple(REWARD_WEIGHTS)

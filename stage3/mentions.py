@@ -190,6 +190,8 @@ class Reading:
     breaks: list[int] = field(default_factory=list)  # what separates the word from the one before: NO_BREAK .. STOP
     roles: list[str] = field(default_factory=list)  # the kind of the phrase that the word belongs to, or ""
     claims: list[Claim] = field(default_factory=list)  # in the order of the text
+    one_sentence: bool = True
+    first_car: int | None = None  # index of the first "car" or "cars"
 
 
 @dataclass
@@ -268,6 +270,8 @@ def _split_words(text):
             reading.breaks.append(break_before)
         previous_end = end
     reading.roles = [""] * len(reading.words)
+    reading.one_sentence = STOP not in reading.breaks[1:]
+    reading.first_car = next((i for i, word in enumerate(reading.words) if word in ("car", "cars")), None)
     return reading
 
 
@@ -306,6 +310,8 @@ EGO_BEFORE = re.compile(
     r"(?: (?:a|an|the|another))?(?: (?P<state>moving|driving|stationary|travelling|traveling|stopped|parked))?$"
 )
 # "from the perspective of someone inside a vehicle": someone who looks, not a person in the picture.
+VIEW_WORDS = frozenset("inside within aboard interior equipped perspective viewpoint point view mounted windshield "
+                       "windscreen dashboard hood from".split())  # each match of these patterns has one
 VIEWER_BEFORE = re.compile(r"\b(perspective|viewpoint|vantage point|point of view) of(?: (?:a|an|the))?$")
 
 
@@ -389,7 +395,8 @@ def _is_ego(reading, i, length, entry):
     """This "car" or "vehicle" carries the camera, or this "someone" looks out of it."""
     if _word(reading, i + length - 1) not in SINGULAR:
         return False
-    context = " ".join(reading.words[max(0, i - 6):i])
+    before = reading.words[max(0, i - 6):i]
+    context = "" if VIEW_WORDS.isdisjoint(before) else " ".join(before)
     if "person" in entry.classes:
         return VIEWER_BEFORE.search(context) is not None
     if entry.classes[0] != "car":
@@ -427,7 +434,7 @@ def _is_recorders_car(reading, i, length):
     words = reading.words
     if length != 1 or words[i] != "car" or i < 1 or words[i - 1] != "the" or _ends_clause(reading, i + 1):
         return False
-    if i > 1 and words[i - 2] != "so" or STOP in reading.breaks[1:] or {"car", "cars"} & set(words[:i]):
+    if i > 1 and words[i - 2] != "so" or not reading.one_sentence or reading.first_car < i:
         return False
     if {"ahead", "front"} & set(words[i:i + 6]):
         return False
@@ -615,8 +622,8 @@ def read_text(text):
             claims.append(Claim("object", ("person",), False, i, last))
         i = last + 1
     denied = _denied_phrases(reading, {claim.first: claim.last for claim in claims})
-    reading.claims = [claim._replace(negated=claim.first in denied) for claim in claims]
-    reading.claims = [claim._replace(flat=claim.negated and _is_flat(reading, claim)) for claim in reading.claims]
+    reading.claims = [claim._replace(negated=True, flat=_is_flat(reading, claim)) if claim.first in denied else claim
+                      for claim in claims]
     return reading
 
 

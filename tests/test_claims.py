@@ -221,7 +221,8 @@ def test_what_the_parser_learnt(text, objects):
 
 def test_long_texts_are_read_in_linear_time():
     """100 kB: find_mentions takes twice as long for twice the text, and the reward does not read it."""
-    for word in ("car ", "car, ", "no cars or trucks ", "a red car turns from the left and ", "are not visible "):
+    for word in ("car ", "car, ", "no cars or trucks ", "a red car turns from the left and ", "are not visible ",
+                 "so the car waits and "):
         times = []
         for size in (50_000, 100_000):
             text = (word * size)[:size]
