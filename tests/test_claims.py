@@ -189,6 +189,13 @@ def test_a_list_of_everything_at_the_start_does_not_disarm_the_order():
     for lead in ("There is a car, a bus and a man. ", "A car, a bus and a man are visible. ", ""):
         assert physics_aware_reward(lead + backwards, evidence, M).temporal < physics_aware_reward(
             lead + forwards, evidence, M).temporal, lead
+    two = Evidence({"car", "bus"}, seen={"car": (0.0, 0.2), "bus": (0.5, 0.7)})
+    listed = "There is a car. There is a bus. "
+    assert physics_aware_reward(f"{listed}A bus stops. Then a car turns.", two, C).temporal < physics_aware_reward(
+        f"{listed}A car turns. Then a bus stops.", two, C).temporal
+    standing = "A car is on the left. Then a bus stops. Finally the car turns."  # told of first, if with no verb
+    assert physics_aware_reward(standing, two, C).temporal == physics_aware_reward(
+        standing, Evidence({"car", "bus"}), C).temporal > 0
 
 
 def test_clauses_that_say_nothing_cost_beyond_the_references_own_share():
@@ -196,6 +203,21 @@ def test_clauses_that_say_nothing_cost_beyond_the_references_own_share():
     same = physics_aware_reward(told, evidence, M, told)
     more = physics_aware_reward(f"{told} Such is life in these parts.", evidence, M, told)
     assert more.temporal < same.temporal and more.objects == same.objects
+
+
+def test_connectives_in_many_more_places_than_in_the_reference_lower_their_half():
+    evidence, plain = Evidence({"car"}), "A red car ahead brakes. It stops on the wet road at night. It turns. It leaves."
+    padded = "Then a red car ahead brakes. Next it stops on the wet road at night. Then it turns. After that it leaves."
+    assert support_of(padded, plain, evidence) == support_of(padded, padded, evidence)  # no other difference
+    assert physics_aware_reward(padded, evidence, M, plain).temporal < physics_aware_reward(
+        padded, evidence, M, padded).temporal
+
+
+def test_a_copilot_line_may_be_as_wordy_as_its_reference():
+    evidence = Evidence({"car", "person"})
+    wordy = ("A red car that is ahead of us in the lane on the left has to brake for a man who is about to cross the "
+             "road from the right, so it would be best to slow down and to leave him all of the room that he needs.")
+    assert physics_aware_reward(wordy, evidence, C).temporal < physics_aware_reward(wordy, evidence, C, wordy).temporal
 
 
 def test_label_facts_gives_spans_for_a_page():

@@ -149,3 +149,13 @@ def test_what_is_usual_is_measured_on_stage_2s_own_samples(toy):
     assert usual_nll(toy.config, toy.model, sampler, prompts, said.append) == usual
     off = SimpleNamespace(**vars(toy.config) | {"judge_language": False})
     assert usual_nll(off, toy.model, sampler, prompts) is None
+
+
+def test_the_largest_of_the_samples_is_what_is_usual(toy, monkeypatch):
+    visual = torch.zeros(toy.model.num_visual_tokens, toy.model.head_weight.shape[1])
+    sampler = SimpleNamespace(limits={"microscope": 3}, prompts_per_rank=8,
+                              read_clips=lambda asked: ({slot: visual for slot in asked}, []))
+    prompts = [Entry("a#microscope", "a.mp4", "microscope", MODES["microscope"], (SOUND,))]
+    worst = iter([2.0, 7.125, *[1.0] * 60])
+    monkeypatch.setattr("stage3.language.worst_nll", lambda logps, mask: torch.tensor([next(worst)]))
+    assert usual_nll(toy.config, toy.model, sampler, prompts, lambda line: None) == {"microscope": 7.12}

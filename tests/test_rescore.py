@@ -10,6 +10,7 @@ import yaml
 
 from stage3 import rescore
 from stage3.grpo import group_advantages
+from stage3.rollout import reference_text
 from training.common import ConfigError, DriveVLMError
 
 EVIDENCE = {"present": ["car"], "unknown": [], "salient": ["car"], "seen": {"car": [0.0, 0.5]}}
@@ -49,6 +50,15 @@ def run(tmp_path):
               "reward_weights": {"length": 1.0, "letter": 0.0}, "std_floor": 0.0}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+def test_what_an_answers_language_is_worth_and_all_its_captions_count(run):
+    """The stored factor multiplies the new reward, and all captions of the entry are the reference."""
+    rows = [json.loads(line) | {"language": 0.5} for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    config = SimpleNamespace(reward_weights={"length": 1.0, "letter": 0.0}, advantage_scale="group", std_floor=0.0)
+    scored = rescore.rescore(rows, {"car#microscope": "A car.", "car#copilot": "A car."}, by_length, config)
+    assert [row["new_reward"] for row in scored[:3]] == pytest.approx([0.05, 0.1, 0.15])
+    assert reference_text(SimpleNamespace(captions=("A car.", "One car."))) == "A car.\nOne car."
 
 
 def test_what_another_reward_changes(run, capsys):

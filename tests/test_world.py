@@ -190,6 +190,16 @@ def test_the_truth_of_a_script_worked_out_by_hand():
     assert exact(("bus_pulls_over", "blue", True, None))[0]["sides"] == {"bus": ["right"]}
 
 
+def test_actions_are_what_any_wording_says_that_a_class_does():
+    def actions(kind, companion=None):
+        event = world.Event(kind, 0.0, 1.0, "red", True, companion)
+        return world.actions_of(world.Script((1,), False, False, (event,)))
+
+    assert actions("bus_pulls_over", "car") == {"bus": ["merge", "move"], "car": ["follow"]}
+    assert actions("bus_oncoming") == {"bus": ["approach", "pass"]}
+    assert actions("light_red", "person") == {"person": ["cross"], "traffic light": ["change"]}  # not what we do
+
+
 def test_a_class_that_is_shown_twice_one_after_the_other_has_no_count():
     facts, _ = exact(("car_turns", "red", True, None), ("car_turns", "blue", False, None))
     assert "car" not in facts["counts"] and facts["colours"]["car"] == ["blue", "red"]
