@@ -776,14 +776,16 @@ def find_statements(caption):
 
 def _continues(caption, clause):
     """The sentence of this first clause goes on about what the one before spoke of: "It turns", "Then it stops"."""
-    first, second = caption.words[clause.first], _word(caption, clause.first + 1)
-    return first in vocab.CONTINUING or caption.connectives[clause.first] != "" and second in ("it", "they")
+    connective = caption.connectives[clause.first]
+    after = _word(caption, clause.first + len(connective.split()))
+    return caption.words[clause.first] in vocab.CONTINUING or connective != "" and after in ("it", "they")
 
 
 def has_own_subject(caption, clause):
     """A determiner comes before the clause's first verb: "while a figure waits", not "at the corner"."""
     verb = next((i for i in clause.span if caption.verbs[i] or _is_event(caption, i)), clause.first)
-    start = clause.first + (caption.words[clause.first] in vocab.CONTINUING)
+    skipped = len(caption.connectives[clause.first].split())  # "after that it leaves": "that" determines nothing
+    start = clause.first + max(skipped, caption.words[clause.first] in vocab.CONTINUING)
     return not vocab.DETERMINERS.isdisjoint(caption.words[start:verb])
 
 

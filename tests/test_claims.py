@@ -206,7 +206,8 @@ def test_clauses_that_say_nothing_cost_beyond_the_references_own_share():
 
 
 def test_connectives_in_many_more_places_than_in_the_reference_lower_their_half():
-    evidence, plain = Evidence({"car"}), "A red car ahead brakes. It stops on the wet road at night. It turns. It leaves."
+    evidence = Evidence({"car"})
+    plain = "A red car ahead brakes. It stops on the wet road at night. It turns. It leaves."
     padded = "Then a red car ahead brakes. Next it stops on the wet road at night. Then it turns. After that it leaves."
     assert support_of(padded, plain, evidence) == support_of(padded, padded, evidence)  # no other difference
     assert physics_aware_reward(padded, evidence, M, plain).temporal < physics_aware_reward(
