@@ -9,7 +9,7 @@ import numpy as np
 from stage3.evidence import LIGHTS, VEHICLE_BODIES
 from stage3.vocabulary_config import COCO_NAMES
 
-VEHICLE_COLOURS = ("red", "orange", "yellow", "green", "blue", "brown", "white", "grey", "black")
+BODY_COLOURS = ("red", "orange", "yellow", "green", "blue", "brown", "white", "grey", "black")
 MIN_VEHICLE_SIDE = 16  # pixels: below, video compression has smeared the body's colour into the road's
 MIN_LIGHT_SIZE = (5, 10)  # pixels, width and height: below, a lamp is one or two pixels
 MAX_PIXELS = 96  # pixels per side that are looked at; larger boxes are thinned out
@@ -40,7 +40,7 @@ LAMP_PLACES = {"red": (0.0, 0.5), "amber": (0.3, 0.7), "green": (0.5, 1.0)}  # o
 
 
 def vehicle_colour(pixels: np.ndarray, daylight: bool = True) -> str | None:
-    """The body's colour, one of VEHICLE_COLOURS (silver is grey), or None: too small, too dark, or several colours.
+    """The body's colour, one of BODY_COLOURS (silver is grey), or None: too small, too dark, or several colours.
 
     pixels: the vehicle's box. The band below the windows is looked at, where cars, vans, cabs and buses are painted.
     daylight: False for a dark frame, in which white, grey, black and everything near orange are not told apart.

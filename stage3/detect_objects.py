@@ -41,14 +41,14 @@ from dataset import (
     sample_clip,
     video_reader_problems,
 )
-from stage3.colours import VEHICLE_COLOURS, frame_colours
+from stage3.colours import BODY_COLOURS, frame_colours
 from stage3.evidence import LIGHTS, Evidence, clip_evidence
 from stage3.vocabulary_config import COCO_NAMES, NAMES_ELSEWHERE
 
 BOX_FLOOR = 0.10  # boxes below this confidence are not kept
 FORMAT = 2  # version of the cache; a new one starts a new folder
 FINGERPRINT_KEYS = ("format", "weights", "weights_sha256", "image_size", "num_frames", "nms_iou")
-KNOWN_COLOURS = {None, *VEHICLE_COLOURS, *LIGHTS}
+KNOWN_COLOURS = {None, *BODY_COLOURS, *LIGHTS}
 KNOWN_WEIGHTS = re.compile(r"yolo(v8|11|12)[nsmlx]\.pt")  # names that ultralytics offers for download
 DOWNLOADS = Path("output/weights")
 # ultralytics reads these when it is imported: install no packages, print no banner, unpickle nothing but weights

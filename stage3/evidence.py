@@ -127,10 +127,15 @@ class Sightings:
     area: float = 0.0  # largest share of the frame at present_confidence or more
 
 
+def intersection_area(a: list[float], b: list[float]) -> float:
+    """Area that two boxes [x1, y1, x2, y2] share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0.0) * max(height, 0.0)
+
+
 def iou(a: list[float], b: list[float]) -> float:
     """Intersection over union of two boxes [x1, y1, x2, y2]."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    intersection = max(width, 0.0) * max(height, 0.0)
+    intersection = intersection_area(a, b)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
     return intersection / union if union > 0 else 0.0
 
@@ -267,9 +272,8 @@ def link_tracks(record: dict, settings: DetectorSettings) -> dict[str, list[Trac
 
 def cover(a: list[float], b: list[float]) -> float:
     """Share of the smaller of two boxes [x1, y1, x2, y2] that the other covers."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return max(width, 0.0) * max(height, 0.0) / smaller if smaller > 0 else 0.0
+    return intersection_area(a, b) / smaller if smaller > 0 else 0.0
 
 
 def _frame_steps(number: int, frame: dict, settings: DetectorSettings) -> dict[str, list[Step]]:

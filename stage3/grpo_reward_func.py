@@ -136,7 +136,7 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
 
 
 def _is_readable(text, settings):
-    """The text is not so long that it cannot be an answer of the mode: 100 kB would take long to read."""
+    """The text is short enough to be an answer of the mode. Longer ones are not parsed: 100 kB would take too long."""
     most = 4 * settings.words.paid[3]
     return sum(1 for _ in islice(WORD.finditer(text), most + 1)) <= most
 
@@ -159,8 +159,8 @@ def objects_part(claimed, evidence):
 def hallucination_part(claimed, evidence):
     """R_hall = 1 - errors / claims, reduced further if an error is about a safety-critical class.
 
-    errors: absent classes named + present classes denied + half of each special vehicle that no detector can confirm
-    and of each claim about a class (its colour, side, number ..) that the evidence contradicts.
+    errors: absent classes named + present classes denied + kinds of fact about a class (its colour, side, number) that
+    the evidence contradicts + half of each special vehicle that no detector can confirm.
     Source: CHAIR_i, on sets.
     """
     claims = len(claimed.correct) + claimed.errors
@@ -295,8 +295,9 @@ def detail_part(caption, claimed, evidence, support, said, settings):
     kinds = _attribute_kinds(caption, support)
     described = [_attribute_score(kinds.get(name, {}), settings) for name in evidence.salient or claimed.correct]
     described = sum(described) / len(described) if described else 1.0
-    scene, wrong = _paid_scene(caption, said)
-    mean_scene = scene / max(1, len(scene_facts(caption)))
+    facts = scene_facts(caption)
+    scene, wrong = _paid_scene(facts, said)
+    mean_scene = scene / max(1, len(facts))
     part = (1 - settings.scene_weight) * described * mean_support(caption, support, evidence, LOOKS_AND_PLACES)
     part += settings.scene_weight * min(1.0, scene / settings.scene_target) * mean_scene
     return claimed.grounding * part * (1 - SCENE_ERROR_COST) ** wrong
@@ -326,9 +327,8 @@ def _attribute_kinds(caption, support):
     return kinds
 
 
-def _paid_scene(caption, said):
+def _paid_scene(facts, said):
     """(sum of the support of the kinds of scene fact stated, number of kinds that contradict the reference)."""
-    facts = scene_facts(caption)
     if said is None:
         return sum(map(bool, facts.values())), 0
     pay, wrong = 0.0, 0
@@ -622,14 +622,17 @@ def find_support(caption, verdicts, evidence, said):
 
 
 def mean_support(caption, support, evidence, kinds):
-    """Mean support of the distinct statements of some kinds, without those about absent classes; 1 if there is none."""
+    """Mean support of the distinct statements of some kinds, without those about absent classes; 1 if there is none.
+
+    A statement that is made several times counts once, with its least support.
+    """
     seen = evidence.present | evidence.unknown | {"ego"}
-    best = {}
+    least = {}
     for statement, value in zip(caption.statements, support, strict=True):
         if statement.kind in kinds and (not statement.subject or not seen.isdisjoint(statement.subject)):
             key = statement[:3]
-            best[key] = min(best.get(key, 1.0), value)
-    return sum(best.values()) / len(best) if best else 1.0
+            least[key] = min(least.get(key, 1.0), value)
+    return sum(least.values()) / len(least) if least else 1.0
 
 
 def idle_gate(caption, support, evidence, said):

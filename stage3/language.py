@@ -7,6 +7,7 @@ within that range is paid in full, one that is twice as far out is paid nothing.
 """
 
 import itertools
+import math
 
 import torch
 
@@ -90,7 +91,7 @@ def judge_language(config, model, rollouts, usual):
             rows = slice(row, row + len(rollout.records))
             rollout.ref_logps = logps[rows, :max(map(len, rollout.group.completion_ids))]
             for record, nll, most in zip(rollout.records, mean[rows].tolist(), worst[rows].tolist(), strict=True):
-                if nll != nll:
+                if math.isnan(nll):
                     raise TrainingError(f"the NLL under stage 2 of an answer to {record['id']} is not a number")
                 record |= {"nll": round(nll, 2), "worst_nll": round(most, 2)}
                 if usual:

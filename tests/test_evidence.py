@@ -10,7 +10,7 @@ import torch
 from bench.evidence_truth import KINDS_OF_FACT, compare, items, make_crowd
 from dataset import frame_indices
 from demo import world
-from stage3.colours import VEHICLE_COLOURS, frame_colours, light_colour, vehicle_colour
+from stage3.colours import BODY_COLOURS, frame_colours, light_colour, vehicle_colour
 from stage3.detect_objects import Detector, detect_clips, load_records
 from stage3.evidence import Evidence, clip_evidence, evidence_dict, link_tracks
 from stage3.vocabulary_config import COCO_NAMES
@@ -53,7 +53,7 @@ def light(state, size=(12, 28), at=None):
 
 @pytest.mark.parametrize("name", PAINT)
 def test_a_painted_body_has_its_colour_by_day(name):
-    assert name in VEHICLE_COLOURS and vehicle_colour(car(PAINT[name])) == name
+    assert name in BODY_COLOURS and vehicle_colour(car(PAINT[name])) == name
     assert vehicle_colour(car(PAINT[name], size=150, dim=0.9)) == name
 
 

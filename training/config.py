@@ -22,7 +22,7 @@ class Words:
 WORDS = {
     # 300 real reports: 142 to 667 words, 95% under 482
     "microscope": Words(usual=(100, 1000), paid=(8, 32, 500, 900)),
-    # 91 lines of many styles: 4 to 56 words, up to 17 function words; toy lines: 12 to 27 words, summaries: 30 to 60
+    # toy lines: 12 to 27 words; captions summarised by augment_captions.py: 30 to 60
     "copilot": Words(usual=(5, 80), paid=(1, 4, 60, 100), function_words=(10, 35), asked=(30, 60)),
 }
 
