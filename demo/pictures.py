@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dataset import MODES, read_frames
-from evaluate import METRICS
+from evaluation.scoring import METRICS
 from training.common import read_jsonl
 
 OUT, DOCS = Path("output/demo"), Path("docs")

@@ -9,21 +9,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import evaluate as evaluation
+import evaluate as program
 import generate
 from dataset import MODE_TABLE, MODES, Entry, load_split
-from evaluate import (
-    Truth,
-    cell,
-    change_frames,
-    constant_caption,
-    count_claims,
-    evaluate,
-    marked,
-    score,
-    score_text,
-    table,
-)
+from evaluate import cell, change_frames, constant_caption, evaluate, marked, table
+from evaluation import scoring
+from evaluation.scoring import Truth, count_claims, score, score_text
 from model import DriveVLM
 from stage3.grpo_reward_func import Evidence
 from training.common import ConfigError
@@ -145,7 +136,7 @@ def test_the_scorer_receives_the_reference_captions(monkeypatch):
         received.append(references)
         return score_text(text, truth, words, references)
 
-    monkeypatch.setattr(evaluation, "score_text", score_and_note)
+    monkeypatch.setattr(scoring, "score_text", score_and_note)
     rows = [row("A car.", mode) for mode in MODES]
     score(rows, {"a.mp4": TRUTH}, RANGES, references={"a.mp4#copilot": ("A car.", "One car.")})
     assert received == [(), ("A car.", "One car.")]
@@ -200,7 +191,7 @@ def test_a_run_writes_the_agreed_files_and_keys(config, tmp_path, monkeypatch):
 
     # Run again, it keeps every answer. With a checkpoint added, only that one is asked.
     asked = []
-    monkeypatch.setattr(evaluation, "ask", lambda model, system, *rest: asked.append(system.name) or [
+    monkeypatch.setattr(program, "ask", lambda model, system, *rest: asked.append(system.name) or [
         {**r, "system": system.name, "key": rest[0]} for r in rows if r["system"] == "stage1"])
     assert evaluate(config) == metrics and asked == []
     config.checkpoint.append(config.checkpoint[0].replace("stage1=", "again="))
@@ -243,7 +234,7 @@ def test_without_exact_truth_the_judge_is_used(config, monkeypatch):
         seen = Evidence(frozenset({"car", "bus"}), frozenset({"dog"}), frozenset({"car"}))
         return {failed: None, **dict.fromkeys(others, seen)}
 
-    monkeypatch.setattr(evaluation, "get_evidence", get_evidence)
+    monkeypatch.setattr(program, "get_evidence", get_evidence)
     config.truth, config.checkpoint = "", config.checkpoint[:1]
     metrics = evaluate(config)
     assert len(asked) == 3 and metrics["clips"] == 2 and len(metrics["left_out"]) == 1

@@ -17,6 +17,7 @@ FLOORS = [  # a module imports modules of lower floors, or of its own floor wher
     {"model"},
     {"training.loop"},
     {"stage3"},
+    {"evaluation"},
     SCRIPTS,
     {"demo", "bench"},
 ]
@@ -26,7 +27,7 @@ FORMULAS = {"grpo_loss"}  # long because the docstring holds the formula
 def modules():
     """{module name: path} of all our code except the tests."""
     found = {}
-    for pattern in ("*.py", "training/*.py", "stage3/*.py", "pages/*.py", "demo/*.py", "bench/*.py"):
+    for pattern in ("*.py", "training/*.py", "stage3/*.py", "evaluation/*.py", "pages/*.py", "demo/*.py", "bench/*.py"):
         for path in sorted(ROOT.glob(pattern)):
             if path.name != "__init__.py":
                 found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
