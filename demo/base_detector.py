@@ -124,29 +124,19 @@ def describe(folder: Path, measured: dict | None) -> None:
     (folder / "LICENSE").write_text(LICENCE)
 
 
-def measure(folder: Path, num_clips: int, settings: DetectorSettings) -> tuple[dict, str]:
-    """Compare the evidence on held-out clips, which are encoded and decoded like the demo's, with the exact truth.
+def accuracy(evidence: dict, truth: dict[str, set[str]]) -> tuple[dict, str]:
+    """What evidence says of classes, against the truth: {video: Evidence} and {video: names of the classes}.
 
     Returns ({class or "all": {"precision", "recall", "unknown", "clips"}}, the same as a table). Counted over pairs of
     clip and class. Precision: of those called present, the share that are in the clip. Recall and unknown: of those in
     the clip, the share called present, and the share called unknown.
     """
     counts: Counter = Counter()
-    with tempfile.TemporaryDirectory() as work:
-        work = Path(work)
-        settings.weights = str(assemble(folder, work / "detector.pt"))
-        truth = {}
-        for index in range(num_clips):
-            clip = make_clip((CHECK_SEED, index), held_out=True)
-            write_video(work / f"clip_{index:04d}.mp4", clip.frames)
-            truth[f"clip_{index:04d}.mp4"] = set(clip.script.present)
-        detect_clips(list(truth), work, settings, work / "evidence", detector=Detector(settings, "cpu"))
-        for video, record in load_records(work / "evidence", list(truth), settings).items():
-            evidence = clip_evidence(record, settings)
-            for name in evidence.present | evidence.unknown | truth[video]:
-                called = "present" if name in evidence.present else "unknown" if name in evidence.unknown else "absent"
-                for key in (name, "all"):
-                    counts[key, name in truth[video], called] += 1
+    for video, said in evidence.items():
+        for name in said.present | said.unknown | truth[video]:
+            called = "present" if name in said.present else "unknown" if name in said.unknown else "absent"
+            for key in (name, "all"):
+                counts[key, name in truth[video], called] += 1
     table, lines = {}, [f"{'class':16}{'clips':>7}{'precision':>11}{'recall':>8}{'unknown':>9}"]
     for name in [*sorted({key[0] for key in counts} - {"all"}), "all"]:
         right, wrong = counts[name, True, "present"], counts[name, False, "present"]
@@ -156,6 +146,21 @@ def measure(folder: Path, num_clips: int, settings: DetectorSettings) -> tuple[d
         table[name] = {key: round(value, 3) for key, value in row.items()}
         lines.append(f"{name:16}{there:7}{row['precision']:11.3f}{row['recall']:8.3f}{row['unknown']:9.3f}")
     return table, "\n".join(lines)
+
+
+def measure(folder: Path, num_clips: int, settings: DetectorSettings) -> tuple[dict, str]:
+    """`accuracy` of the evidence on held-out clips, which are encoded and decoded like the demo's."""
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        settings.weights = str(assemble(folder, work / "detector.pt"))
+        truth = {}
+        for index in range(num_clips):
+            clip = make_clip((CHECK_SEED, index), held_out=True)
+            write_video(work / f"clip_{index:04d}.mp4", clip.frames)
+            truth[f"clip_{index:04d}.mp4"] = set(clip.script.present)
+        detect_clips(list(truth), work, settings, work / "evidence", detector=Detector(settings, "cpu"))
+        records = load_records(work / "evidence", list(truth), settings)
+    return accuracy({video: clip_evidence(record, settings) for video, record in records.items()}, truth)
 
 
 def main() -> None:
