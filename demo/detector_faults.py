@@ -22,8 +22,9 @@ Each fault is decided by (seed, kind of fault, clip, class, frame) alone, and in
 wrong at 5% goes wrong at 15%. (Once missed, an object cannot be confused any more.)
 
 The folder gets faults.json, which describes the faults; boxes in the form of stage3/detect_objects.py; and stage3.yaml,
-the given YAML with this evidence, for `train_stage3.py --config`. faults.json stands where a detector's weights stand, so its hash is part of what
-names the cache: boxes with faults are found by this YAML alone, and never taken for the detector's own.
+the given YAML with this evidence, for `train_stage3.py --config`. faults.json stands where a detector's weights stand,
+so its hash is part of what names the cache: boxes with faults are found by this YAML alone, and never taken for the
+detector's own.
 """
 
 import argparse
@@ -231,7 +232,7 @@ def main(argv=None) -> int:
     print(describe(records, faulty))
     print(f"\nWhat it says about {len(faulty)} clips of {config.data}:\n")
     print(frequency_table(faulty, faulty_settings(config.detector, faults, output_dir)))
-    print(f"\npython train_stage3.py --config {output_dir / 'stage3.yaml'}    trains with it, in {output_dir / 'stage3'}")
+    print(f"\nto train with it: python train_stage3.py --config {output_dir / 'stage3.yaml'}")
     return 0
 
 
