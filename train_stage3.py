@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from dataset import MODES
 from model import DriveVLM, ModelError, resolve_dtype
 from stage3.detect_objects import evidence_problems, frames_problems, get_evidence
-from stage3.grpo import SUMS, check_shared_prefix, load_reference, training_pass
+from stage3.grpo import SUMS, check_shared_prefix, load_reference, mean_statistics, needs_reference, training_pass
 from stage3.language import judge_language, usual_nll
 from stage3.report import write_report
 from stage3.rollout import (
@@ -40,6 +40,7 @@ from stage3.rollout import (
     gather_records,
     load_reward,
     log_step,
+    only_counted,
 )
 from training import loop
 from training.run_folder import RunFolder
@@ -87,7 +88,8 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     sampler = RolloutSampler(config, accelerator, model, run.folder, evidence, reward, failed_clips)
     total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
     run.print(f"stage 3 in {run.folder} on {accelerator.device} | {len(prompts)} prompts, {len(held_out)} held out | "
-              f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers")
+              f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers of the "
+              f"{config.sample_from}, {config.objective}")
     sampler.usual_nll = state.get("usual_nll") or usual_nll(config, model, sampler, prompts, run.print)
     save = functools.partial(
         loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3, failed_clips=failed_clips,
@@ -166,12 +168,14 @@ def train_step(config, accelerator, model, optimizer, sampler, prompts, step):
     learn from, None or why the run must stop)."""
     start = time.perf_counter()
     rollouts = sampler.roll_out(prompts, step)  # this rank's prompts, G scored answers each
-    if config.beta > 0 or sampler.usual_nll:
+    if needs_reference(config) or sampler.usual_nll:
         judge_language(config, model, rollouts, sampler.usual_nll)
     records = gather_records(rollouts)
     totals = compute_advantages(config, rollouts, records, sampler.prompts_per_rank)  # over the prompts of all ranks
     sampled = time.perf_counter()
     live = [rollout for rollout in rollouts if rollout.advantages is not None]
+    if config.objective != "grpo":
+        live = [only_counted(rollout) for rollout in live]
     stats, problem = update(config, accelerator, model, optimizer, live, totals)
     now = time.perf_counter()
     values = {**describe(config, records, totals), **stats, "learning_rate": optimizer.param_groups[0]["lr"],
@@ -201,13 +205,13 @@ def update(config, accelerator, model, optimizer, rollouts, totals):
             losses.append(loss)
         stats["loss"] = loop.sum_gradients(accelerator, trained, sum(losses))
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-        counted, *others = loop.sum_over_ranks(accelerator, [sums[key] for key in SUMS])
-        stats |= {key: value / counted for key, value in zip(SUMS[1:], others, strict=True)}
+        over_ranks = loop.sum_over_ranks(accelerator, [sums[key] for key in SUMS])
+        stats |= mean_statistics(config, dict(zip(SUMS, over_ranks, strict=True)))
         if not math.isfinite(stats["loss"]) or not math.isfinite(stats["grad_norm"]):
             bad = [batch for batch, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
             names = gather_object([rollout.entry.id for batch in bad or passes for rollout in batch])
             return stats, f"loss {stats['loss']}, gradient norm {stats['grad_norm']}, on {', '.join(names)}"
-        if config.max_kl is not None and stats["kl"] > config.max_kl:
+        if config.max_kl is not None and stats.get("kl", 0.0) > config.max_kl:
             return stats, (f"the KL to stage 2 is {stats['kl']:.3g} nats per token, above max_kl {config.max_kl:g}: "
                            "the policy has drifted too far (try a lower learning_rate or a higher beta)")
         optimizer.step()

@@ -1,6 +1,7 @@
-"""Group-relative policy optimisation on a shared prefix: advantages, the loss, the training pass, the reference policy.
+"""Group-relative policy optimisation on a shared prefix: advantages, losses, the training pass, the reference policy.
 
     group_advantages, grpo_loss            pure functions on tensors
+    raft_loss, dpo_loss                    the same for the simpler objectives that GRPO is compared with
     completion_logps                       log-probs of completions, one row per prompt: [prefix | c1 .. cG]
     load_reference, reference_policy       stage 2's adapter, frozen, beside the one that trains
 
@@ -15,6 +16,7 @@ Sampling, policy and reference share one distribution: the same temperature and 
 truncated (no top-p, no top-k). Completions are ids from sampling to loss; text is decoded for the reward only.
 """
 
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,11 +27,16 @@ from model import ModelError, adapter_hash, checkpoint_folder, token_logps
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 MAX_LOG_DIFF = 20.0  # exp(20) = 4.9e8 is far below float32's maximum, and no real token changes that much
 STD_EPS = 1e-4
-SUMS = ("tokens", "kl", "clip", "clip_low", "clip_high", "entropy", "sampler_gap")  # over the tokens that count
+STATISTICS = {  # of each objective: means over the tokens that count in the loss; those named dpo_*, over pairs
+    "grpo": ("kl", "clip", "clip_low", "clip_high"),
+    "raft": (),
+    "dpo": ("dpo_accuracy", "dpo_margin", "dpo_chosen"),
+}
+SUMS = ("tokens", "pairs", *itertools.chain(*STATISTICS.values()), "entropy", "sampler_gap")  # that passes add up
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Advantages and loss
+# Advantages and losses
 
 
 def group_advantages(rewards, scale="group", std_floor=0.0):
@@ -104,14 +111,11 @@ def grpo_loss(
     ValueError: unknown loss_type or kl, beta without ref_logps, dr_grpo without max_completion_tokens, shapes.
     Formulas: DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), as in TRL 1.10.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {loss_type!r}")
+    check_averaging(loss_type, max_completion_tokens)
     if kl not in ("k3", "k2"):
         raise ValueError(f"kl must be k3 or k2, not {kl!r}")
     if beta != 0.0 and ref_logps is None:
         raise ValueError("beta is not 0: ref_logps are needed")
-    if loss_type == "dr_grpo" and not max_completion_tokens:
-        raise ValueError("dr_grpo divides by a constant: max_completion_tokens is needed")
     if logps.shape != mask.shape or advantages.shape != logps.shape[:1]:
         shapes = [list(x.shape) for x in (logps, mask, advantages)]
         raise ValueError(f"logps, mask and advantages must be [N, T], [N, T] and [N], not {shapes}")
@@ -135,18 +139,10 @@ def grpo_loss(
         kl_token = torch.expm1(d) - d if kl == "k3" else 0.5 * d * d
         if beta != 0.0:
             per_token = per_token + beta * kl_token
-    per_token = torch.where(mask, per_token, 0.0)
-
-    tokens = mask.sum()
-    if loss_type == "grpo":
-        loss = (per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / max(len(logps), 1)
-    elif loss_type == "dr_grpo":
-        loss = per_token.sum() / (max(len(logps), 1) * max_completion_tokens)
-    else:
-        items = tokens if loss_type == "bnpo" or num_items is None else torch.as_tensor(num_items, device=logps.device)
-        loss = per_token.sum() / items.clamp(min=1)
+    loss = mean_of_tokens(per_token, mask, loss_type, max_completion_tokens, num_items)
 
     with torch.no_grad():
+        tokens = mask.sum()
         count = tokens.clamp(min=1)
         low_side = (ratio < 1.0 - epsilon) & (advantages < 0) & mask
         high_side = (ratio > 1.0 + high) & (advantages > 0) & mask
@@ -158,6 +154,74 @@ def grpo_loss(
             "clip": (low_side | high_side).sum() / count,
             "tokens": tokens,
         }
+    return loss, stats
+
+
+def check_averaging(loss_type, max_completion_tokens):
+    """ValueError where a loss cannot be averaged so."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {loss_type!r}")
+    if loss_type == "dr_grpo" and not max_completion_tokens:
+        raise ValueError("dr_grpo divides by a constant: max_completion_tokens is needed")
+
+
+def mean_of_tokens(per_token, mask, loss_type, max_completion_tokens=None, num_items=None):
+    """per_token, mask [N, T] -> the mean over counted tokens that `loss_type` stands for (see `grpo_loss`)."""
+    per_token = torch.where(mask, per_token, 0.0)
+    if loss_type == "grpo":
+        return (per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / max(len(mask), 1)
+    if loss_type == "dr_grpo":
+        return per_token.sum() / (max(len(mask), 1) * max_completion_tokens)
+    tokens = mask.sum() if loss_type == "bnpo" or num_items is None else torch.as_tensor(num_items, device=mask.device)
+    return per_token.sum() / tokens.clamp(min=1)
+
+
+def raft_loss(logps, mask, *, loss_type="dapo", max_completion_tokens=None, num_items=None):
+    """Cross-entropy of the answers that were chosen, in nats, averaged over tokens as `loss_type` says in `grpo_loss`.
+
+    logps [N, T]: log-probs of the chosen answers' tokens under the policy, one row per answer; mask [N, T]: true where
+    a token counts. "dapo" is the mean over all tokens, as in supervised fine-tuning. There is no KL and no clipping.
+    Positions outside the mask have no effect. A token is at most 20 nats, without a gradient beyond: never inf; NaN
+    stays NaN. Returns (loss, stats): `tokens`, their number. ValueError: as in `grpo_loss`.
+    Source: RAFT (2304.06767); as a baseline of GRPO: 2504.11343.
+    """
+    check_averaging(loss_type, max_completion_tokens)
+    if logps.shape != mask.shape or logps.ndim != 2:
+        raise ValueError(f"logps and mask must be [N, T], not {list(logps.shape)}, {list(mask.shape)}")
+    mask = mask.bool()
+    logps = torch.where(mask, logps.to(torch.promote_types(logps.dtype, torch.float32)), 0.0)
+    nll = log_difference(torch.zeros_like(logps), logps)  # [N, T]
+    return mean_of_tokens(nll, mask, loss_type, max_completion_tokens, num_items), {"tokens": mask.sum()}
+
+
+def dpo_loss(logps, ref_logps, mask, beta):
+    """Direct preference optimisation: -log sigmoid(beta x margin), the mean over pairs.
+
+        margin = sum over tokens of (logp - ref) of the chosen answer, minus the same of the rejected one
+
+    logps, ref_logps, mask [N, 2, T]: N pairs of answers to one prompt, the chosen one first; log-probs under the
+    policy and under the frozen reference; mask: true where a token counts. beta > 0: how closely to stay to the
+    reference. The sums are not divided by length, and there is no supervised term.
+    Returns (loss, stats): `pairs`, their number, `tokens`, and means over pairs, without gradients: `dpo_margin`
+    (beta x margin), `dpo_accuracy` (share of margins above 0), `dpo_chosen` (beta x the chosen answer's sum).
+    Infinite and huge log-probs, masked positions and NaN: as in `grpo_loss`. No pairs: a zero with a graph.
+    ValueError: shapes, beta. Sources: DPO (2305.18290), equation 7; CHAIR-DPO (2508.20181), with beta 0.2.
+    """
+    if logps.shape != mask.shape or ref_logps.shape != mask.shape or mask.ndim != 3 or mask.shape[1] != 2:
+        shapes = [list(x.shape) for x in (logps, ref_logps, mask)]
+        raise ValueError(f"logps, ref_logps and mask must be [N, 2, T], not {shapes}")
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, not {beta}")
+    mask = mask.bool()
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    logps, ref_logps = (torch.where(mask, x.to(dtype), 0.0) for x in (logps, ref_logps))
+    rewards = beta * log_difference(logps, ref_logps).sum(dim=2)  # [N, 2]: DPO's implicit rewards
+    margins = rewards[:, 0] - rewards[:, 1]  # [N]
+    count = max(len(margins), 1)
+    loss = -torch.nn.functional.logsigmoid(margins).sum() / count
+    with torch.no_grad():
+        stats = {"pairs": torch.tensor(len(margins)), "tokens": mask.sum(), "dpo_margin": margins.sum() / count,
+                 "dpo_accuracy": (margins > 0).sum() / count, "dpo_chosen": rewards[:, 0].sum() / count}
     return loss, stats
 
 
@@ -293,14 +357,44 @@ def policy_logps(config, model, batch):
                             shared_prefix=config.shared_prefix)
 
 
+def needs_reference(config):
+    """Does the loss need log-probs under the reference policy?"""
+    return config.objective == "dpo" or config.objective == "grpo" and config.beta > 0
+
+
 def reference_logps(config, batch):
-    """Log-probs of the completions under the reference policy [N, T], from stage3/language.py; None without KL."""
-    if config.beta == 0:
+    """Log-probs of the completions under the reference policy [N, T], from stage3/language.py; None without need."""
+    if not needs_reference(config):
         return None
     rows = []
     for rollout in batch:
         rows += list(rollout.ref_logps)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def objective_loss(config, logps, mask, advantages, old_logps, ref_logps, limit, tokens):
+    """(loss, statistics) of one mode's rows [N, T] in a pass, by the objective; dpo's rows are pairs, chosen first."""
+    if config.objective == "dpo":
+        pairs = (-1, 2, logps.shape[1])
+        return dpo_loss(logps.view(pairs), ref_logps.view(pairs), mask.view(pairs), config.dpo_beta)
+    averaging = {"loss_type": config.loss_type, "max_completion_tokens": limit, "num_items": tokens}
+    if config.objective == "raft":
+        return raft_loss(logps, mask, **averaging)
+    return grpo_loss(logps, advantages, mask, old_logps=old_logps, ref_logps=ref_logps, beta=config.beta,
+                     epsilon=config.epsilon, epsilon_high=config.epsilon_high, kl=config.kl, **averaging)
+
+
+def counted_by(statistic):
+    """What a statistic is a mean over."""
+    return "pairs" if statistic.startswith("dpo_") else "tokens"
+
+
+def mean_statistics(config, sums):
+    """{statistic: its mean} from sums over all passes and ranks."""
+    names = [*STATISTICS[config.objective], "entropy"]
+    if config.sample_from == "policy":  # else another policy was the sampler
+        names.append("sampler_gap")
+    return {name: sums[name] / sums[counted_by(name)] for name in names}
 
 
 def training_pass(config, model, batch, limits, old_logps, totals, sums):
@@ -310,6 +404,7 @@ def training_pass(config, model, batch, limits, old_logps, totals, sums):
     of one mode would outweigh the short ones of the other. batch: stage3.rollout.Rollouts with advantages; limits:
     {mode: longest answer}; totals: what the losses are divided by; old_logps [N, T]: log-probs before the first update
     (None: this is it). Statistics are added to `sums`. Returns (the share of the loss, old_logps).
+    With raft and dpo, the batch holds only the answers that count (`only_counted` in stage3/rollout.py).
     """
     logps, entropy, mask = policy_logps(config, model, batch)  # [N, T]
     ref_logps = reference_logps(config, batch)  # [N, T]
@@ -329,15 +424,15 @@ def training_pass(config, model, batch, limits, old_logps, totals, sums):
     for mode in dict.fromkeys(modes):
         rows = torch.tensor([other == mode for other in modes], device=logps.device)
         old, ref = (None if x is None else x[rows] for x in (old_logps, ref_logps))
-        of_mode, stats = grpo_loss(
-            logps[rows], advantages[rows], mask[rows], old_logps=old, ref_logps=ref, beta=config.beta,
-            epsilon=config.epsilon, epsilon_high=config.epsilon_high, loss_type=config.loss_type, kl=config.kl,
-            max_completion_tokens=limits[mode], num_items=totals.tokens[mode])
-        share = loss_share(config.loss_type, int(rows.sum()), totals.rows[mode], totals.passes[mode])
+        of_mode, stats = objective_loss(
+            config, logps[rows], mask[rows], advantages[rows], old, ref, limits[mode], totals.tokens[mode])
+        averaged = "grpo" if config.objective == "dpo" else config.loss_type  # a mean over rows, two for each pair
+        share = loss_share(averaged, int(rows.sum()), totals.rows[mode], totals.passes[mode])
         loss = loss + totals.weights[mode] * share * of_mode
         sums["tokens"] += stats["tokens"].item()
-        for key in ("kl", "clip", "clip_low", "clip_high"):
-            sums[key] += (stats[key] * stats["tokens"]).item()
+        sums["pairs"] += int(stats.get("pairs", 0))
+        for key in STATISTICS[config.objective]:
+            sums[key] += (stats[key] * stats[counted_by(key)]).item()
     loss.backward()
     sums["entropy"] += entropy[mask].sum().item()
     if first_pass:  # measured once, but divided by the tokens of all inner epochs

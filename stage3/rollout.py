@@ -4,9 +4,10 @@
     VisualTokens                 a clip's projected tokens, computed once and kept on disk
     sample_groups                G completions per prompt from one prefill
     RolloutSampler               prompts -> Rollouts: sampled, scored, with one record per answer for rollouts.jsonl
-    compute_advantages           over the records of all ranks; which groups the loss is made of
+    compute_advantages           over the records of all ranks; which groups and answers the loss is made of
 """
 
+import contextlib
 import dataclasses
 import importlib
 from collections import Counter
@@ -36,6 +37,7 @@ from stage3.grpo import (
     completion_logps,
     group_advantages,
     has_variance,
+    reference_policy,
     sees,
 )
 from stage3.grpo_reward_func import label_facts, label_mentions
@@ -306,10 +308,12 @@ class RolloutSampler:
             seeds.append([stable_seed(config.seed, step, asked[slot].id, k) for k in range(config.num_generations)])
         prompt_ids = [encode_prompt(self.model.tokenizer, asked[slot].question, self.model.num_visual_tokens)
                       for slot in slots]
-        answers = sample_groups(
-            self.model, prompt_ids, torch.stack([visual[slot] for slot in slots]), seeds,
-            [self.limits[asked[slot].mode] for slot in slots], temperature=config.temperature,
-            shared_prefix=config.shared_prefix)
+        sampler = reference_policy(self.model) if config.sample_from == "reference" else contextlib.nullcontext()
+        with sampler:
+            answers = sample_groups(
+                self.model, prompt_ids, torch.stack([visual[slot] for slot in slots]), seeds,
+                [self.limits[asked[slot].mode] for slot in slots], temperature=config.temperature,
+                shared_prefix=config.shared_prefix)
         rollouts = []
         for slot, ids, completions in zip(slots, prompt_ids, answers, strict=True):
             group = Group(ids, visual[slot], [completion.ids for completion in completions])
@@ -414,11 +418,42 @@ def step_advantages(config, rewards, modes):
     return advantages
 
 
+def counted_answers(config, records):
+    """Which answers of a group [G] count in the loss, as a list of bools; all false: none.
+
+    grpo: all. raft: the best, if it is better than the group's mean. dpo: the best and the worst, if they differ. With
+    `mask_truncated`, answers that were cut off never count. Among equals, raft and dpo take the first best and the
+    last worst.
+    """
+    whole = [record["ended"] or not config.mask_truncated for record in records]
+    if config.objective == "grpo":
+        return whole
+    ranked = sorted((k for k, is_whole in enumerate(whole) if is_whole), key=lambda k: -records[k]["reward"])
+    chosen = []
+    if config.objective == "raft" and ranked and records[ranked[0]]["advantage"] > 0:
+        chosen = ranked[:1]
+    if config.objective == "dpo" and ranked and records[ranked[0]]["reward"] > records[ranked[-1]]["reward"]:
+        chosen = [ranked[0], ranked[-1]]
+    return [k in chosen for k in range(len(records))]
+
+
+def only_counted(rollout):
+    """The rollout with none but the answers that count in the loss, best first: others need no forward pass."""
+    chosen = sorted(rollout.kept.nonzero()[:, 0].tolist(), key=lambda k: -rollout.records[k]["reward"])
+    ids = [rollout.group.completion_ids[k] for k in chosen]
+    ref_logps = rollout.ref_logps
+    return dataclasses.replace(
+        rollout, group=dataclasses.replace(rollout.group, completion_ids=ids),
+        completions=[rollout.completions[k] for k in chosen], records=[rollout.records[k] for k in chosen],
+        advantages=rollout.advantages[chosen], kept=rollout.kept[chosen],
+        ref_logps=None if ref_logps is None else ref_logps[chosen, :max(map(len, ids))])
+
+
 def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotals:
     """Advantages of all answers of a step; `records` are those of all ranks in order, `rollouts` this rank's.
 
     Sets "advantage" in every record, and `advantages` and `kept` of the rollouts that the loss is made of. A group is
-    left out (dead) where all rewards are equal, or where all its answers are cut off and `mask_truncated` is set.
+    left out (dead) where all rewards are equal, or where none of its answers counts (`counted_answers`).
     """
     totals, live_of_rank = StepTotals(), Counter()
     if not records:
@@ -433,7 +468,7 @@ def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotal
         answers = records[row * group:(row + 1) * group]
         for record, advantage in zip(answers, advantages[row].tolist(), strict=True):
             record["advantage"] = advantage
-        kept = [record["ended"] or not config.mask_truncated for record in answers]
+        kept = counted_answers(config, answers)
         if not varied or not any(kept):
             continue
         slot, mode = answers[0]["slot"], modes[row]
@@ -443,7 +478,7 @@ def compute_advantages(config, rollouts, records, prompts_per_rank) -> StepTotal
         passes.add((mode, rank, live_of_rank[rank] // config.per_device_batch_size))
         live_of_rank[rank] += 1
         totals.live_groups += 1
-        totals.rows[mode] += group
+        totals.rows[mode] += group if config.objective == "grpo" else sum(kept)
         totals.tokens[mode] += sum(record["tokens"] for record, keep in zip(answers, kept, strict=True) if keep)
     totals.passes = Counter(mode for mode, _, _ in passes)
     weights = {mode: config.mode_weights.get(mode, 1.0) for mode in totals.rows}
@@ -506,6 +541,7 @@ def curve_panels(config):
         "reward": [*(f"reward/{mode}" for mode in MODES), *(f"eval_reward_{mode}" for mode in MODES)], **parts,
         "std of a group's rewards, share of dead groups": ["reward_std", "dead_groups"],
         "KL to stage 2, nats per token": ["kl"],
+        "DPO: share of pairs told apart, margin": ["dpo_accuracy", "dpo_margin", "dpo_chosen"],
         "entropy, nats per token": ["entropy"],
         "NLL under stage 2: mean, worst tokens": [*(f"nll/{mode}" for mode in MODES),
                                                   *(f"worst_nll/{mode}" for mode in MODES)],

@@ -374,7 +374,7 @@ def test_truncated_answers_are_left_out_where_the_key_says_so():
     """Without mask_truncated they count."""
     for masked in (False, True):
         config = SimpleNamespace(num_generations=2, advantage_scale="group", std_floor=0.0, mask_truncated=masked,
-                                 per_device_batch_size=1, mode_weights={})
+                                 per_device_batch_size=1, mode_weights={}, objective="grpo")
         records = [{"slot": 0, "mode": "copilot", "reward": float(k), "ended": k == 0, "tokens": 5} for k in range(2)]
         rollout = SimpleNamespace(slot=0, advantages=None, kept=None)
         totals = stage3.rollout.compute_advantages(config, [rollout], records, 1)
@@ -385,7 +385,7 @@ def test_truncated_answers_are_left_out_where_the_key_says_so():
 def test_passes_and_rows_are_counted_by_mode():
     """Two ranks of three prompts, two per pass; the second group of rank 0 is dead and takes no place in a pass."""
     config = SimpleNamespace(num_generations=2, advantage_scale="group", std_floor=0.0, mask_truncated=True,
-                             per_device_batch_size=2, mode_weights={"copilot": 3.0})
+                             per_device_batch_size=2, mode_weights={"copilot": 3.0}, objective="grpo")
     records = []
     for slot, mode in enumerate(["microscope", "copilot", "copilot", "microscope", "copilot", "microscope"]):
         records += [{"slot": slot, "mode": mode, "reward": float(k and slot != 1), "ended": True, "tokens": 10 * slot}
@@ -400,7 +400,7 @@ def test_passes_and_rows_are_counted_by_mode():
 
 def test_a_batch_has_its_own_std_for_each_mode():
     config = SimpleNamespace(num_generations=2, advantage_scale="batch", std_floor=0.0, mask_truncated=True,
-                             per_device_batch_size=1, mode_weights={})
+                             per_device_batch_size=1, mode_weights={}, objective="grpo")
     rewards = {"microscope": [[0.0, 1.0], [0.2, 0.3]], "copilot": [[0.0, 0.01], [0.5, 0.9]]}
     for scale in ("batch", "group", "none"):
         config.advantage_scale, records = scale, []

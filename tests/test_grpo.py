@@ -18,16 +18,27 @@ from stage3.grpo import (
     Group,
     check_shared_prefix,
     completion_logps,
+    dpo_loss,
     group_advantages,
     grpo_loss,
     has_variance,
     load_reference,
     loss_share,
+    mean_statistics,
     pack_groups,
+    raft_loss,
     reference_policy,
     training_pass,
 )
-from stage3.rollout import VisualTokens, prompts_of_step, sample_groups, sample_tokens
+from stage3.rollout import (
+    Rollout,
+    VisualTokens,
+    counted_answers,
+    only_counted,
+    prompts_of_step,
+    sample_groups,
+    sample_tokens,
+)
 from training.common import stable_seed
 
 INF = float("inf")
@@ -195,7 +206,8 @@ def test_statistics_of_a_step_are_means_over_tokens_and_inner_epochs(monkeypatch
     answers = [SimpleNamespace(logps=[-1.5] * 3), SimpleNamespace(logps=[-0.5])]
     rollout = SimpleNamespace(entry=SimpleNamespace(mode="copilot"), completions=answers,
                               advantages=torch.tensor([1.0, -1.0]), kept=torch.tensor([True, True]))
-    config = SimpleNamespace(beta=0.0, epsilon=0.2, epsilon_high=None, loss_type="dapo", kl="k3", inner_epochs=2)
+    config = SimpleNamespace(beta=0.0, epsilon=0.2, epsilon_high=None, loss_type="dapo", kl="k3", inner_epochs=2,
+                             objective="grpo", sample_from="policy")
     totals = SimpleNamespace(rows={"copilot": 2}, tokens={"copilot": 4}, passes={"copilot": 1},
                              weights={"copilot": 1.0})
     sums, old = dict.fromkeys(stage3.grpo.SUMS, 0.0), None
@@ -203,6 +215,8 @@ def test_statistics_of_a_step_are_means_over_tokens_and_inner_epochs(monkeypatch
         _, old = training_pass(config, None, [rollout], {"copilot": 5}, old, totals, sums)
     assert sums["tokens"] == 8 and sums["entropy"] / 8 == 2.0
     assert sums["sampler_gap"] / 8 == pytest.approx(0.5)
+    means = mean_statistics(config, sums)
+    assert list(means) == ["kl", "clip", "clip_low", "clip_high", "entropy", "sampler_gap"] and means["entropy"] == 2.0
 
 
 def test_dapo_divides_by_num_items():
@@ -305,6 +319,166 @@ def test_the_loss_refuses_arguments_that_do_not_fit(options, message):
     arguments = {"logps": LOGPS, "advantages": ADVANTAGES, "mask": MASK, **options}
     with pytest.raises(ValueError, match=message):
         grpo_loss(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objectives that GRPO is compared with: two answers of three tokens and of one; two pairs of answers
+
+NLL = torch.tensor([[1.0, 2.0, 3.0], [4.0, 9.9, 9.9]], dtype=torch.float64)
+RAFT_MEANS = {"grpo": (6 / 3 + 4) / 2, "bnpo": 10 / 4, "dr_grpo": 10 / (2 * 10), "dapo": 10 / 4}
+
+PAIRS = torch.tensor([[[-0.5, -2.0], [-2.5, -1.0]], [[-3.0, 9.9], [-1.0, 9.9]]], dtype=torch.float64)
+PAIRS_REF = torch.tensor([[[-2.0, -2.0], [-1.0, -2.0]], [[-2.0, 9.9], [-1.0, 9.9]]], dtype=torch.float64)
+PAIRS_MASK = torch.tensor([[[1, 1], [1, 1]], [[1, 0], [1, 0]]])
+# sums of (logp - ref): 1.5 and -0.5, so the first margin is 2; -1 and 0, so the second is -1
+DPO_LOSS = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(0.5))) / 2  # beta 0.5
+
+
+@pytest.mark.parametrize("loss_type, expected", RAFT_MEANS.items())
+def test_raft_is_the_cross_entropy_as_worked_out_by_hand(loss_type, expected):
+    logps = (-NLL).requires_grad_()
+    loss, stats = raft_loss(logps, MASK, loss_type=loss_type, max_completion_tokens=10)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, abs=1e-9) and stats["tokens"] == 4
+    weights = {"grpo": [[1 / 6] * 3, [1 / 2, 0, 0]], "dr_grpo": [[1 / 20] * 3, [1 / 20, 0, 0]]}
+    expected = weights.get(loss_type, [[1 / 4] * 3, [1 / 4, 0, 0]])
+    torch.testing.assert_close(logps.grad, -torch.tensor(expected, dtype=torch.float64))
+    whole_step = raft_loss(logps, MASK, loss_type=loss_type, max_completion_tokens=10, num_items=20)[0].item()
+    assert whole_step == pytest.approx(0.5 if loss_type == "dapo" else loss.item())
+
+
+def test_raft_has_the_gradient_of_grpo_with_an_advantage_of_one():
+    """Of answers that the policy itself has sampled: GRPO beyond it is what it does with the other answers."""
+    grads = []
+    for loss in (lambda x: raft_loss(x, MASK)[0], lambda x: grpo_loss(x, torch.ones(2), MASK)[0]):
+        logps = (-NLL).requires_grad_()
+        loss(logps).backward()
+        grads.append(logps.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_dpo_is_as_worked_out_by_hand():
+    logps = PAIRS.clone().requires_grad_()
+    loss, stats = dpo_loss(logps, PAIRS_REF, PAIRS_MASK, 0.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(DPO_LOSS, abs=1e-9)
+    assert stats["pairs"] == 2 and stats["tokens"] == 6
+    assert stats["dpo_margin"].item() == pytest.approx((1 - 0.5) / 2)
+    assert stats["dpo_accuracy"].item() == 0.5
+    assert stats["dpo_chosen"].item() == pytest.approx((0.75 - 0.5) / 2)
+    first, second = (0.5 / (1 + math.exp(margin)) / 2 for margin in (1.0, -0.5))  # beta sigmoid(-margin) / pairs
+    expected = [[[-first, -first], [first, first]], [[-second, 0], [second, 0]]]
+    torch.testing.assert_close(logps.grad, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_dpo_of_a_policy_that_is_the_reference_is_log_2():
+    loss, stats = dpo_loss(PAIRS, PAIRS, PAIRS_MASK, 0.1)
+    assert loss.item() == pytest.approx(math.log(2)) and stats["dpo_margin"] == stats["dpo_accuracy"] == 0
+
+
+def raft_of(logps, ref, mask):
+    return raft_loss(logps.flatten(0, 1), mask.flatten(0, 1))[0]
+
+
+def dpo_of(logps, ref, mask):
+    return dpo_loss(logps, ref, mask, 0.5)[0]
+
+
+@pytest.mark.parametrize("bad", [-INF, INF, NAN, 1e38, -1e38])
+@pytest.mark.parametrize("loss_of", [raft_of, dpo_of])
+def test_values_at_masked_positions_have_no_effect_on_raft_and_dpo(loss_of, bad):
+    results = []
+    for filler in (0.0, bad):
+        fill = torch.where(PAIRS_MASK.bool(), 0.0, torch.tensor(filler))
+        logps = (PAIRS + fill).requires_grad_()
+        loss = loss_of(logps, PAIRS_REF + fill, PAIRS_MASK)
+        loss.backward()
+        results.append((loss, logps.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("policy", [-INF, -1e38, -1e4, -1.0])
+@pytest.mark.parametrize("reference", [-INF, -1e38, -1e4, -1.0])
+@pytest.mark.parametrize("loss_of", [raft_of, dpo_of])
+def test_infinite_and_huge_log_probs_never_give_inf_or_nan_in_raft_and_dpo(loss_of, reference, policy):
+    logps = torch.tensor([[[policy, -1.0], [-1.0, policy]]], requires_grad=True)
+    loss = loss_of(logps, torch.tensor([[[reference, -1.0], [-1.0, reference]]]), torch.ones(1, 2, 2))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
+
+
+@pytest.mark.parametrize("where, loss_of", [("logps", raft_of), ("logps", dpo_of), ("ref", dpo_of)])
+def test_a_nan_at_a_counted_position_reaches_the_loss_of_raft_and_dpo(where, loss_of):
+    inputs = {"logps": PAIRS.clone(), "ref": PAIRS_REF.clone(), "mask": PAIRS_MASK}
+    inputs[where][0, 1, 0] = NAN
+    assert torch.isnan(loss_of(**inputs))
+
+
+def test_without_answers_raft_and_dpo_are_zero_with_a_graph():
+    for loss_of in (raft_of, dpo_of):
+        logps = PAIRS[:0].clone().requires_grad_()
+        loss = loss_of(logps, PAIRS_REF[:0], PAIRS_MASK[:0])
+        loss.backward()
+        assert loss.item() == 0.0
+
+
+def test_half_precision_inputs_of_raft_and_dpo_are_computed_in_float32():
+    for loss_of in (raft_of, dpo_of):
+        half = loss_of(PAIRS.bfloat16(), PAIRS_REF.bfloat16(), PAIRS_MASK)
+        assert half.dtype == torch.float32 and half.item() == pytest.approx(
+            loss_of(PAIRS, PAIRS_REF, PAIRS_MASK).item(), abs=2e-2)
+
+
+def test_raft_and_dpo_refuse_arguments_that_do_not_fit():
+    for options, message in (({"loss_type": "dpo"}, "grpo, bnpo, dr_grpo, dapo"),
+                             ({"loss_type": "dr_grpo"}, "max_completion_tokens")):
+        with pytest.raises(ValueError, match=message):
+            raft_loss(LOGPS, MASK, **options)
+    with pytest.raises(ValueError, match=r"\[N, T\], not \[2, 3\], \[2, 2\]"):
+        raft_loss(LOGPS, MASK[:, :2])
+    with pytest.raises(ValueError, match=r"\[N, 2, T\]"):
+        dpo_loss(LOGPS, LOGPS, MASK, 0.1)
+    with pytest.raises(ValueError, match=r"\[N, 2, T\]"):
+        dpo_loss(PAIRS, PAIRS_REF[:, :1], PAIRS_MASK, 0.1)
+    with pytest.raises(ValueError, match="beta must be above 0"):
+        dpo_loss(PAIRS, PAIRS_REF, PAIRS_MASK, 0.0)
+
+
+@pytest.mark.parametrize("objective, rewards, ended, counted", [
+    ("raft", [0.1, 0.9, 0.9, 0.3], "1111", "0100"),  # the first of two equals
+    ("raft", [0.1, 0.9, 0.5, 0.3], "1011", "0010"),  # the best that was not cut off
+    ("raft", [0.2, 0.9, 0.2, 0.2], "1011", "0000"),  # which is below the group's mean
+    ("raft", [0.1, 0.9, 0.5, 0.3], "0000", "0000"),
+    ("dpo", [0.5, 0.9, 0.9, 0.1], "1111", "0101"),
+    ("dpo", [0.1, 0.9, 0.1, 0.3], "1111", "0110"),  # the last of two equals
+    ("dpo", [0.1, 0.9, 0.5, 0.3], "0011", "0011"),
+    ("dpo", [0.2, 0.9, 0.2, 0.2], "1011", "0000"),  # a pair must differ
+    ("dpo", [0.1, 0.9, 0.5, 0.3], "0100", "0000"),
+    ("grpo", [0.1, 0.9, 0.5, 0.3], "0110", "0110"),
+])
+def test_which_answers_of_a_group_count(objective, rewards, ended, counted):
+    config = SimpleNamespace(objective=objective, mask_truncated=True)
+    advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64))[0].tolist()
+    records = [{"reward": reward, "ended": end == "1", "advantage": advantage}
+               for reward, end, advantage in zip(rewards, ended, advantages, strict=True)]
+    assert "".join(str(int(kept)) for kept in counted_answers(config, records)) == counted
+    config.mask_truncated = False
+    whole = counted_answers(config, [record | {"ended": True} for record in records])
+    assert counted_answers(config, records) == whole
+
+
+def test_a_rollout_of_counted_answers_holds_the_best_first():
+    rollout = Rollout(
+        0, None, Group([1, 2], torch.zeros(1, 1), [[3, 4, 5], [6], [7, 8]]), ["a", "b", "c"],
+        [{"reward": 0.1}, {"reward": 0.5}, {"reward": 0.9}], advantages=torch.tensor([-1.0, 0.0, 1.0]),
+        kept=torch.tensor([False, True, True]), ref_logps=torch.tensor([[-1.0, -2.0, -3.0], [-4, 0, 0], [-5, -6, 0]]))
+    counted = only_counted(rollout)
+    assert counted.group.completion_ids == [[7, 8], [6]] and counted.completions == ["c", "b"]
+    assert counted.advantages.tolist() == [1.0, 0.0] and counted.kept.all()
+    assert counted.ref_logps.tolist() == [[-5.0, -6.0], [-4.0, 0.0]]
+    assert len(rollout.group.completion_ids) == 3  # what is logged stays whole
+    rollout.ref_logps = None
+    assert only_counted(rollout).ref_logps is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def toy(tmp_path_factory):
     config = SimpleNamespace(
         per_device_batch_size=2, temperature=1.0, shared_prefix=True, judge_language=True, seed=3, beta=0.02,
         modes=["microscope"], num_generations=4, mask_truncated=False, advantage_scale="group", std_floor=0.05,
-        mode_weights={})
+        mode_weights={}, objective="grpo", sample_from="policy")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     lesson = [rollout_of(model, [SOUND, *OTHERS], [0.0] * 3)]
     for _ in range(40):
@@ -123,7 +123,10 @@ def test_without_a_usual_range_rewards_stay_and_the_kl_has_its_log_probs(toy):
     with torch.no_grad():
         logps, _, mask = policy_logps(toy.config, toy.model, rollouts)
     torch.testing.assert_close(torch.where(mask, stored, 0.0), torch.where(mask, logps, 0.0))
-    assert reference_logps(SimpleNamespace(beta=0.0), rollouts) is None
+    assert reference_logps(SimpleNamespace(objective="grpo", beta=0.0), rollouts) is None
+    assert reference_logps(SimpleNamespace(objective="raft", beta=0.1), rollouts) is None
+    preferred = reference_logps(SimpleNamespace(objective="dpo", beta=0.0), rollouts)
+    torch.testing.assert_close(preferred, stored)
 
 
 def test_an_nll_that_is_no_number_stops_the_run(toy, monkeypatch):

@@ -427,6 +427,120 @@ def test_inner_epochs_update_from_the_same_answers(stage2, tmp_path, quick):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The objectives that GRPO is compared with
+
+OBJECTIVES = [("raft", "policy"), ("raft", "reference"), ("dpo", "policy"), ("dpo", "reference")]
+
+
+@pytest.mark.parametrize("objective, sampler", OBJECTIVES)
+def test_an_objective_learns_and_logs_what_it_has(stage2, tmp_path, quick, objective, sampler):
+    """KL, clipping and the gap to the sampler only where there are any; every number is explained."""
+    run_stage3(stage2, tmp_path / "run", "--objective", objective, "--sample_from", sampler)
+    assert adapter_hash(tmp_path / "run") != adapter_hash(stage2 / "stage2")
+    rows = [row for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert len(rows) == 4 and all(math.isfinite(value) for row in rows for value in row.values())
+    own = {"dpo": {"dpo_accuracy", "dpo_margin", "dpo_chosen"}, "raft": set()}[objective]
+    own |= {"sampler_gap"} if sampler == "policy" else set()
+    for row in rows:
+        extra = {"kl", "clip", "clip_low", "clip_high", "sampler_gap", "dpo_accuracy", "dpo_margin", "dpo_chosen"}
+        assert row.keys() & extra == own and row["entropy"] > 0 and row["updates"] == 1
+        assert row.get("sampler_gap", 0.0) < 1e-5
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert all(f"`{name}`" in page for name in own)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_first_update_of_raft_has_the_likelihood_of_the_best_answers(stage2, tmp_path, quick):
+    """Its loss is worked out from the log-probs as sampled: per mode over the tokens of the best of each live group."""
+    chosen = []
+    only_counted = train_stage3.only_counted
+    quick.setattr(train_stage3, "only_counted", lambda rollout: chosen.append(rollout) or only_counted(rollout))
+    run_stage3(stage2, tmp_path / "run", "--objective", "raft", "--max_steps", 1)
+    logps = {}
+    for rollout in chosen:
+        rewards = [record["reward"] for record in rollout.records]
+        logps.setdefault(rollout.entry.mode, []).extend(rollout.completions[rewards.index(max(rewards))].logps)
+    expected = sum(-sum(mode) / len(mode) for mode in logps.values()) / 2
+    assert len(logps) == 2 and rows_of(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] == pytest.approx(expected, 1e-5)
+
+
+def test_dpo_begins_at_log_2_and_learns_to_tell_the_pairs_apart(stage2, tmp_path, quick):
+    """The same prompts and pairs in each of the inner epochs."""
+    run_stage3(stage2, tmp_path / "first", "--objective", "dpo", "--max_steps", 1)
+    first = rows_of(tmp_path / "first" / "metrics.jsonl")[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(first["dpo_margin"]) < 1e-5
+    run_stage3(stage2, tmp_path / "run", "--objective", "dpo", "--max_steps", 1, "--inner_epochs", 8, "--warmup", 0)
+    row = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]  # the loss of the last epoch, means over all of them
+    assert row["loss"] < 0.5 and row["dpo_accuracy"] > 0.8 and row["dpo_margin"] > 0.1
+
+
+def test_dpos_beta_counts(stage2, tmp_path, quick):
+    small, _ = gradients_of(stage2, tmp_path / "a", quick, "--objective", "dpo", "--dpo_beta", 0.1)
+    large, _ = gradients_of(stage2, tmp_path / "b", quick, "--objective", "dpo", "--dpo_beta", 0.4)
+    torch.testing.assert_close(4 * small, large, atol=1e-6, rtol=1e-3)  # at a margin of 0
+
+
+@pytest.mark.parametrize("objective", ["raft", "dpo"])
+def test_answers_of_the_reference_do_not_depend_on_what_was_learnt(stage2, tmp_path, quick, objective):
+    """They are those of a data set sampled beforehand; at first the policy says the same."""
+    def answers(name, *flags):
+        run_stage3(stage2, tmp_path / name, "--objective", objective, "--max_steps", 3, *flags)
+        return [row["text"] for row in rows_of(tmp_path / name / "rollouts.jsonl")]
+
+    offline = answers("a", "--sample_from", "reference", "--learning_rate", 0.05)
+    assert offline == answers("b", "--sample_from", "reference", "--learning_rate", 0.001)
+    online = answers("c", "--learning_rate", 0.05)
+    assert online[:16] == offline[:16] and online[32:] != offline[32:]
+
+
+@pytest.mark.parametrize("objective, loss_type", [("raft", "dapo"), ("raft", "grpo"), ("raft", "dr_grpo"),
+                                                  ("dpo", "dapo"), ("dpo", "bnpo")])
+def test_micro_batches_change_nothing_in_raft_and_dpo(stage2, tmp_path, quick, objective, loss_type):
+    flags = ("--objective", objective, "--loss_type", loss_type, "--mask_truncated", "true", "--seed", 5,
+             "--max_new_tokens.microscope", 70, "--max_new_tokens.copilot", 50)
+    whole, loss = gradients_of(stage2, tmp_path / "a", quick, *flags,
+                               "--per_device_batch_size", 4, "--gradient_accumulation_steps", 1)
+    split, split_loss = gradients_of(stage2, tmp_path / "b", quick, *flags,
+                                     "--per_device_batch_size", 1, "--gradient_accumulation_steps", 4)
+    rows = rows_of(tmp_path / "a" / "rollouts.jsonl")
+    assert rows == rows_of(tmp_path / "b" / "rollouts.jsonl") and whole.abs().max() > 1e-4
+    torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-5)
+    assert loss == pytest.approx(split_loss, abs=1e-6)
+
+
+def test_the_plain_path_gives_the_same_step_of_dpo(stage2, tmp_path, quick):
+    shared, loss = gradients_of(stage2, tmp_path / "a", quick, "--objective", "dpo")
+    plain, plain_loss = gradients_of(stage2, tmp_path / "b", quick, "--objective", "dpo", "--shared_prefix", "false")
+    torch.testing.assert_close(shared, plain, atol=1e-6, rtol=1e-5)
+    assert loss == pytest.approx(plain_loss, abs=1e-6)
+
+
+def test_an_interrupted_and_resumed_run_of_dpo_ends_in_the_same_bits(stage2, tmp_path, quick):
+    flags = ("--objective", "dpo", "--sample_from", "reference")
+    run_stage3(stage2, tmp_path / "whole", *flags)
+    compute = train_stage3.compute_advantages
+
+    def cut_the_power(config, rollouts, records, *rest):
+        if records[0]["step"] == 4:
+            raise KeyboardInterrupt
+        return compute(config, rollouts, records, *rest)
+
+    with quick.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_stage3, "compute_advantages", cut_the_power)
+        run_stage3(stage2, tmp_path / "run", *flags)
+    run_stage3(stage2, tmp_path / "run", *flags, "--resume", "auto")
+    assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")
+    assert rows_of(tmp_path / "run" / "rollouts.jsonl") == rows_of(tmp_path / "whole" / "rollouts.jsonl")
+
+
+def test_dpo_needs_no_other_use_of_the_reference(stage2, tmp_path, quick):
+    """Neither a KL nor a judge of language has to ask for its log-probs."""
+    run_stage3(stage2, tmp_path / "run", "--objective", "dpo", "--beta", 0, "--judge_language", "false",
+               "--max_steps", 1)
+    assert rows_of(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Groups without variance, clips without evidence
 
 
@@ -534,6 +648,8 @@ def test_steps_without_a_live_group_stop_the_run(stage2, tmp_path, quick):
     (("--mode_weights", "copilot", "0"), "mode_weights.copilot must be above 0"),
     (("--modes", "copilot", "--mode_weights", "microscope", "2"), "mode_weights: microscope is none of modes: copilot"),
     (("--beta", "-1", "--temperature", "0"), "beta must be at least 0"),
+    (("--sample_from", "reference"), "sample_from: reference does not go with objective: grpo"),
+    (("--objective", "dpo", "--dpo_beta", "0"), "dpo_beta must be above 0, got 0"),
     (("--loss_type", "ppo"), "invalid choice 'ppo' for argument '--loss_type'"),
     (("--evidence_cache", "nowhere"), "detector.weights: no such file"),
     (("--detector.num_frames", 4, "--num_frames", 3), "detector.num_frames: 4"),

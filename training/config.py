@@ -259,8 +259,15 @@ class Stage3Config(TrainKeys):
     # the reward is this weighted sum of its parts
     reward_weights: dict[str, float] = field(default_factory=lambda: {
         "objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15})
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"  # how the loss is averaged over tokens
-    beta: float = 0.02  # weight of the KL to stage 2's adapter; 0: no reference policy
+    # what is learnt from a group: grpo, or, to compare with, raft (cross-entropy of its best answer) or dpo (prefer its
+    # best answer to its worst)
+    objective: Literal["grpo", "raft", "dpo"] = "grpo"
+    # who samples the answers; reference: stage 2's adapter throughout (raft and dpo only), as in training on a data set
+    # that was sampled beforehand
+    sample_from: Literal["policy", "reference"] = "policy"
+    dpo_beta: float = 0.2  # dpo's beta: the higher, the closer the policy stays to stage 2
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"  # how the loss is averaged over tokens (not dpo's)
+    beta: float = 0.02  # weight of the KL to stage 2's adapter in grpo's loss; 0: no KL
     kl: Literal["k3", "k2"] = "k3"  # estimator of that KL
     epsilon: float = 0.2  # the probability ratio is clipped at 1 - epsilon
     epsilon_high: float = 0.28  # ... and at 1 + epsilon_high
@@ -278,8 +285,12 @@ class Stage3Config(TrainKeys):
     max_dead_steps: int | None = 20  # stop after this many consecutive steps without a group whose rewards differ
 
     def problems(self):
-        found = self.out_of_range(above=("eval_batch_size", "temperature", "inner_epochs", "max_dead_steps"),
-                                  least=("beta", "epsilon", "epsilon_high", "std_floor"))
+        found = self.out_of_range(
+            above=("eval_batch_size", "temperature", "inner_epochs", "max_dead_steps", "dpo_beta"),
+            least=("beta", "epsilon", "epsilon_high", "std_floor"))
+        if self.objective == "grpo" and self.sample_from == "reference":
+            found.append("sample_from: reference does not go with objective: grpo, which learns from the policy's own "
+                         "answers only")
         if self.num_generations < 2:
             found.append(f"num_generations must be at least 2 (answers are compared), got {self.num_generations}")
         if not self.modes:
