@@ -7,6 +7,11 @@ writes `videos/*.mp4` (320x180, 24 frames, H.264), `captions.json` (Microscope a
 of lights). In every clip, two or three events follow one another; each has its own time span, its own class of object,
 and a cause or a consequence.
 
+    python -m demo.world --output_dir output/demo/fresh --num_clips 300 --seed 7 --held_out true
+
+writes more clips for evaluation, all of them drawn and captioned as held-out clips are, under names that no training
+clip has.
+
 Some captions are wrong on purpose, like captions written by language models: in the training clips' Microscope entries,
 most clauses about a red light or a stop sign say that a pedestrian crosses, and most about a bus say that a car follows
 it, whether or not that is so (`COMPANION`, `INVENTION_RATE`). Copilot entries and all captions of held-out
@@ -697,6 +702,12 @@ def event_facts(script):
     return facts
 
 
+def traps_of(script):
+    """One dict per event in whose context training captions invent a class: is that class really there?"""
+    return [{"context": event.kind, "class": COMPANION[event.kind], "there": event.companion is not None}
+            for event in script.events if event.kind in COMPANION]
+
+
 def truth_of(clip):
     """Exact truth of a clip, as `evaluate.py --truth` reads it; times are fractions of the clip."""
     seen, frames = {}, []
@@ -715,6 +726,7 @@ def truth_of(clip):
         "seen": times,
         "events": [event.kind for event in script.events],
         "companions": [event.companion for event in script.events],
+        "traps": traps_of(script),
         "facts": event_facts(script),
         **exact_facts(script),
         "actions": actions_of(script),
@@ -759,13 +771,16 @@ def captions_of(script, lies=False):
     }
 
 
-def clip_name(index):
-    return f"clip_{index:04d}.mp4"
+def clip_name(index, all_held_out=False):
+    return f"{'fresh' if all_held_out else 'clip'}_{index:04d}.mp4"
 
 
-def held_out_names(num_clips):
-    """The clips that training holds out: `split_by_video` with NUM_HELD_OUT and SPLIT_SEED."""
+def held_out_names(num_clips, all_held_out=False):
+    """The clips that training holds out: `split_by_video` with NUM_HELD_OUT and SPLIT_SEED, or all."""
     from dataset import MODES, Entry, split_by_video
+
+    if all_held_out:
+        return {clip_name(index, all_held_out) for index in range(num_clips)}
 
     entries = [
         Entry(f"{Path(clip_name(index)).stem}#{mode}", clip_name(index), mode, question, ("x",))
@@ -775,9 +790,9 @@ def held_out_names(num_clips):
     return {entry.video for entry in held_out}
 
 
-def make_one(index, seed, held_out, folder):
+def make_one(index, seed, held_out, folder, all_held_out):
     """Render and write one clip; returns its row, raw row and truth."""
-    name = clip_name(index)
+    name = clip_name(index, all_held_out)
     clip = make_clip((seed, index), name in held_out)
     write_video(folder / name, clip.frames)
     row = {"video": name, **captions_of(clip.script, lies=name not in held_out)}
@@ -785,9 +800,10 @@ def make_one(index, seed, held_out, folder):
     return row, raw, truth_of(clip)
 
 
-def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
+def make_world(output_dir, num_clips=400, seed=42, all_held_out=False, workers=None, say=print):
     """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
-    output_dir, settings = Path(output_dir), {"num_clips": num_clips, "seed": seed, "version": 6}
+    output_dir = Path(output_dir)
+    settings = {"num_clips": num_clips, "seed": seed, "all_held_out": all_held_out, "version": 7}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         say(f"{output_dir} is complete: {num_clips} clips")
@@ -797,7 +813,8 @@ def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     stamp.unlink(missing_ok=True)
     for old in videos.iterdir():  # clips made with other settings, or left by a run that was stopped
         old.unlink()
-    work = partial(make_one, seed=seed, held_out=held_out_names(num_clips), folder=videos)
+    held_out = held_out_names(num_clips, all_held_out)
+    work = partial(make_one, seed=seed, held_out=held_out, folder=videos, all_held_out=all_held_out)
     rows, raws, truth = [], [], {}
     workers = workers or min(cpu_count(), 8)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
@@ -817,7 +834,7 @@ def make_world(output_dir, num_clips=400, seed=42, workers=None, say=print):
     write_json(output_dir / "raw_captions.json", raws, indent=1)
     write_json(output_dir / "truth.json", truth, indent=1)
     write_json(stamp, settings, indent=1)
-    say(f"{output_dir}: {num_clips} clips, {NUM_HELD_OUT} of them held out")
+    say(f"{output_dir}: {num_clips} clips, {len(held_out)} of them held out")
     return output_dir
 
 
@@ -826,11 +843,15 @@ def main(argv=None):
     parser.add_argument("--output_dir", "--output-dir", default="output/demo/world", help="folder of the data set")
     parser.add_argument("--num_clips", "--num-clips", type=int, default=400, help="clips, including those held out")
     parser.add_argument("--seed", type=int, default=42, help="decides everything in the world")
+    parser.add_argument("--held_out", "--held-out", choices=("true", "false"), default="false",
+                        help="true: all clips are held-out clips, under names of their own")
     args = parser.parse_args(argv)
-    if args.num_clips <= NUM_HELD_OUT:
-        parser.error(f"--num_clips must be more than the {NUM_HELD_OUT} that are held out")
+    all_held_out = args.held_out == "true"
+    least = 1 if all_held_out else NUM_HELD_OUT + 1
+    if args.num_clips < least:
+        parser.error(f"--num_clips must be at least {least}; of a training world's clips {NUM_HELD_OUT} are held out")
     cv2.setNumThreads(1)
-    make_world(args.output_dir, args.num_clips, args.seed)
+    make_world(args.output_dir, args.num_clips, args.seed, all_held_out)
     return 0
 
 

@@ -156,12 +156,42 @@ def test_the_clips_that_the_split_holds_out_are_drawn_as_held_out(small_world):
 
 def test_a_world_of_an_earlier_version_is_drawn_again(tmp_path, monkeypatch):
     """Its clips were drawn for another split: held-out combinations would be in the training data."""
-    settings = {"num_clips": NUM_CLIPS, "seed": 42, "version": 4}
+    settings = {"num_clips": NUM_CLIPS, "seed": 42, "all_held_out": False, "version": 6}
     (tmp_path / "world.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(world, "held_out_names", lambda num_clips: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(world, "held_out_names", lambda *settings: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         world.make_world(tmp_path, NUM_CLIPS, seed=42, say=lambda text: None)
     assert not (tmp_path / "world.json").exists()
+
+
+def test_a_world_of_held_out_clips_is_all_held_out_and_true(tmp_path):
+    """Its clips are drawn and captioned as held-out clips are, and none has a training clip's name."""
+    world.make_world(tmp_path, 24, seed=7, all_held_out=True, say=lambda text: None)
+    truth, rows = read(tmp_path, "truth.json"), read(tmp_path, "captions.json")
+    names = [f"fresh_{index:04d}.mp4" for index in range(24)]
+    assert list(truth) == names == [row["video"] for row in rows]
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == names
+    assert not set(names) & {world.clip_name(index) for index in range(400)}
+    for index, row in enumerate(rows):
+        script = world.make_script((7, index), held_out=True)
+        assert truth[row["video"]]["events"] == [event.kind for event in script.events]
+        assert all(mentioned(text) == set(script.present) for text in row["microscope"] + row["copilot"])
+    assert any(world.is_reserved(facts["order"]) for facts in truth.values())
+    said = []
+    world.make_world(tmp_path, 24, seed=7, all_held_out=True, say=said.append)
+    assert said == [f"{tmp_path} is complete: 24 clips"]
+
+
+def test_traps_say_in_which_events_a_companion_is_there(small_world):
+    event = world.Event("person_crosses", 0.0, 0.3, None, True, None)
+    light = world.Event("light_red", 0.3, 0.6, None, True, "person")
+    bus = world.Event("bus_pulls_over", 0.6, 1.0, "red", True, None)
+    assert world.traps_of(world.Script((1,), False, True, (event, light, bus))) == [
+        {"context": "light_red", "class": "person", "there": True},
+        {"context": "bus_pulls_over", "class": "car", "there": False}]
+    for facts in read(small_world, "truth.json").values():
+        assert len(facts["traps"]) == sum(kind in world.COMPANION for kind in facts["events"])
+        assert all(trap["there"] == (trap["class"] in facts["present"]) for trap in facts["traps"])
 
 
 def exact(*events, night=False):
