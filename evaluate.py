@@ -3,14 +3,17 @@
     python evaluate.py --checkpoint stage1=output/stage1 stage2=output/stage2 stage3=output/stage3 \\
         --config configs/stage3.yaml --output_dir output/evaluate
 
-Greedy answers in every mode, one row per system: `prior` (the best constant caption), `blank` (grey frames), `swapped`
-(another clip's frames), `reversed` (the clip backwards, where the truth knows the order of events), the checkpoints,
-`reference` (the held-out captions as if they were answers). The scorer reads only predictions and truth: exact where a
-file gives it (`truth`), else what a detector finds (`judge`; not the detector that the reward checks). Each number has
-a 95% bootstrap interval over clips. `--num_samples 4` adds rows of answers sampled at `--temperature`. Answers already
-in <output_dir>/predictions.jsonl are kept if the same weights and settings made them.
+Greedy answers in every mode, one row per system: `prior` (the best constant caption), the checkpoints, `reference`
+(the held-out captions as if they were answers), and what a checkpoint says of changed clips (`blank`: grey frames;
+`swapped`: another clip's; `--controls` for more, of every checkpoint). The scorer (evaluation/scoring.py) reads only
+answers and truth: exact where a file gives it (`truth`), else what a detector finds (`judge`; not the detector that
+the reward checks). Each number has a 95% bootstrap interval over clips, each pair of `--compare` a paired difference.
+`--num_samples 4` adds rows of answers sampled at `--temperature`. `--baseline metrics.json` exits with 1 where
+something got worse than in an earlier run. `--clips FOLDER` asks about clips that have no captions. Answers already
+in <output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -23,41 +26,70 @@ from training.common import fail, file_sha256, is_other_base, load_config, read_
 from training.config import EvaluateConfig
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
-    load_config(EvaluateConfig, default_config="configs/stage3.yaml", description=__doc__)
+    given = load_config(EvaluateConfig, default_config="configs/stage3.yaml", description=__doc__)
+    if given.read_sheet:  # so are ratings
+        from evaluation.ratings import read_sheet
+
+        run_main(lambda: read_sheet(given))
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from dataset import (
+    IGNORE_INDEX,
     MODE_TABLE,
+    MODES,
     DataError,
+    Entry,
     VideoError,
     cached_frames,
+    encode_example,
+    encode_prompt,
     load_split,
     resolve_video,
     sample_clip,
     video_reader_problems,
 )
-from evaluation.scoring import METRICS, Truth, exact_truth, mentioned, score, score_text
+from evaluation.captions import add_bleu, add_caption_scores
+from evaluation.judges import agreed_truth, agreement
+from evaluation.ratings import read_sheet
+from evaluation.report import report, table
+from evaluation.scoring import (
+    Truth,
+    block_of,
+    difference,
+    equal_lengths,
+    exact_truth,
+    mentioned,
+    mode_accuracy,
+    score_slice,
+    slices_of,
+    tally,
+    values_of,
+    worse_than,
+)
+from evaluation.sheet import make_sheet
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
-from pages.render import film_strip, highlight, render
+from pages.render import film_strip
 from stage3.detect_objects import evidence_problems, get_evidence
-from stage3.grpo_reward_func import label_facts
-from stage3.mentions import find_mentions
+from stage3.grpo import Group, completion_logps
 from training.loop import leak_problems
 
-FIXED = ("prior", "blank", "swapped", "reversed", "reference")  # rows that are there whatever the checkpoints
+CONTROLS = ("blank", "swapped", "middle", "shuffled", "reversed", "dark")  # see change_frames
+FIXED = ("prior", "reference", *CONTROLS)  # names of rows that no checkpoint may have
+DARK = 0.15  # share of the brightness that the control `dark` leaves
 FRAMES = 8  # frames of a clip that are shown
+VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}  # files of --clips that are taken for clips
 
 
 # ---- truth by a detector (exact truth: evaluation/scoring.py) --------------------------------------------------------
 
 
-def judged_truth(config: EvaluateConfig, entries) -> dict[str, Truth]:
-    """The judge's evidence on the entries' clips (those that it could look at); detects what is not cached."""
+def judged_truth(config: EvaluateConfig, judge, entries) -> dict[str, Truth]:
+    """A judge's evidence on the entries' clips (those that it could look at); detects what is not cached."""
     truth = {}
-    for video, evidence in get_evidence(entries, config.video_root, config.judge, config.evidence_cache).items():
+    for video, evidence in get_evidence(entries, config.video_root, judge, config.evidence_cache).items():
         if evidence is not None:
             truth[video] = Truth(evidence.present, evidence.salient, evidence.unknown, evidence=evidence)
     return truth
@@ -112,11 +144,20 @@ class System:
 
 
 def planned_systems(config: EvaluateConfig, folders: dict[str, Path], ordered: bool) -> list[System]:
-    """The rows that checkpoints answer for. `ordered`: the truth knows the order of events."""
-    control = config.control or ("stage2" if "stage2" in folders else list(folders)[-1])
-    controls = ["blank", "swapped", "reversed"] if ordered else ["blank", "swapped"]
-    systems = [System(how, folders[control], control=how) for how in controls]
-    systems += [System(name, folder) for name, folder in folders.items()]
+    """The rows that checkpoints answer for. `ordered`: the truth knows the order of events.
+
+    The controls of one checkpoint, `control`, are called as they are, those of the others NAME/CONTROL.
+    """
+    chosen = config.control or ("stage2" if "stage2" in folders else list(folders)[-1])
+    always = ["blank", "swapped", "reversed"] if ordered else ["blank", "swapped"]
+    systems = []
+    for how in CONTROLS:
+        if how in always or how in config.controls:
+            systems.append(System(how, folders[chosen], control=how))
+    for name, folder in folders.items():
+        systems.append(System(name, folder))
+        if name != chosen:
+            systems += [System(f"{name}/{how}", folder, control=how) for how in CONTROLS if how in config.controls]
     if config.num_samples:
         systems += [System(f"{name} T={config.temperature:g}", folder, num_samples=config.num_samples)
                     for name, folder in folders.items()]
@@ -129,19 +170,45 @@ def change_frames(frames: np.ndarray, how: str) -> np.ndarray:
         return np.full_like(frames, 128)  # grey: near 0 once normalised
     if how == "swapped":
         return np.roll(frames, len(frames) // 2, axis=0)
+    if how == "middle":  # one picture instead of a video
+        return np.repeat(frames[:, frames.shape[1] // 2, None], frames.shape[1], axis=1)
+    if how == "shuffled":  # no frame stays where it was: the cycle through a random order
+        order = np.random.default_rng(0).permutation(frames.shape[1])
+        moved = np.empty_like(frames)
+        moved[:, order] = frames[:, np.roll(order, 1)]
+        return moved
     if how == "reversed":
         return frames[:, ::-1]
+    if how == "dark":
+        return (frames * DARK).astype(np.uint8)
     return frames
 
 
 def answers_key(system: System, entries, config: EvaluateConfig, limits: dict[str, int]) -> str:
     """Changes with everything that an answer depends on: weights, questions, clips, control, sampling."""
-    files = [system.folder / "drivevlm.json", *sorted(system.folder.rglob("*.safetensors"))]
     sampling = [system.num_samples, config.seed, config.temperature] if system.num_samples else "greedy"
-    content = [[file_sha256(file) for file in files], config.vision_model, config.language_model, config.dtype,
-               system.control, sampling, limits, config.eval_batch_size, config.video_root,
-               [(entry.id, entry.question) for entry in entries]]
+    content = [weights_key(system.folder, config), system.control, sampling, limits, config.eval_batch_size,
+               config.video_root, [(entry.id, entry.question) for entry in entries]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def weights_key(folder: Path, config: EvaluateConfig) -> str:
+    """Changes with the checkpoint's weights, the base models and the precision."""
+    files = [folder / "drivevlm.json", *sorted(folder.rglob("*.safetensors"))]
+    content = [[file_sha256(file) for file in files], config.vision_model, config.language_model, config.dtype]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def read_frames_of(videos: list[str], model, config: EvaluateConfig, control: str = "") -> torch.Tensor:
+    """The clips' frames under a control, uint8 [N, T, S, S, 3]."""
+    frames = [cached_frames(resolve_video(config.video_root, video), model.num_frames, model.image_size,
+                            config.frame_cache) for video in videos]
+    return torch.from_numpy(np.ascontiguousarray(change_frames(np.stack(frames), control)))
+
+
+def open_model(folder: Path, config: EvaluateConfig):
+    return DriveVLM.from_checkpoint(folder, dtype=config.dtype, device="cuda" if torch.cuda.is_available() else "cpu",
+                                    vision_model=config.vision_model, language_model=config.language_model)
 
 
 def ask(model, system: System, key: str, entries, config: EvaluateConfig, limits: dict[str, int]) -> list[dict]:
@@ -151,10 +218,7 @@ def ask(model, system: System, key: str, entries, config: EvaluateConfig, limits
     """
     samples = max(system.num_samples, 1)
     videos = sorted({entry.video for entry in entries})
-    frames = [cached_frames(resolve_video(config.video_root, video), model.num_frames, model.image_size,
-                            config.frame_cache) for video in videos]
-    frames = change_frames(np.stack(frames), system.control)
-    frames = torch.from_numpy(np.ascontiguousarray(frames))  # uint8 [N, T, S, S, 3]
+    frames = read_frames_of(videos, model, config, system.control)  # uint8 [N, T, S, S, 3]
     rows = []
     with tqdm(total=len(entries), desc=system.name, unit="answer") as bar:
         for mode, limit in limits.items():
@@ -182,7 +246,6 @@ def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict
     for row in read_jsonl(file):
         if keys.get(row["system"]) == row["key"]:
             answers[row["system"]].append(row)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = loaded = None
     for system in systems:
         if system.name in answers:
@@ -190,95 +253,51 @@ def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict
             continue
         if loaded != system.folder:
             model = None  # frees the one before: two 4B models may not fit together
-            model = DriveVLM.from_checkpoint(system.folder, dtype=config.dtype, device=device,
-                                             vision_model=config.vision_model, language_model=config.language_model)
+            model = open_model(system.folder, config)
             loaded = system.folder
         answers[system.name] = ask(model, system, keys[system.name], entries, config, limits)
         write_predictions(file, [row for name in keys for row in answers.get(name, ())])
     return [row for name in keys for row in answers[name]]
 
 
+@torch.no_grad()
+def add_nll(rows: list[dict], entries, folder: Path, config: EvaluateConfig) -> None:
+    """Adds to each row its answer's negative log-likelihood in nats, "nll", over "nll_tokens" tokens (the end token is
+    one, where the answer ended), under the checkpoint in `folder`, shown the clip as it is; "nll_under" names the
+    checkpoint's weights. Rows that have it already are left alone."""
+    under = weights_key(folder, config)
+    missing = defaultdict(list)
+    for row in rows:
+        if row.get("nll_under") != under:
+            missing[row["id"]].append(row)
+    if not missing:
+        return
+    model = open_model(folder, config)
+    for entry in tqdm([entry for entry in entries if entry.id in missing], desc="NLL", unit="clip"):
+        visual = model.encode_video(read_frames_of([entry.video], model, config))[0]  # [N, D]
+        prompt = encode_prompt(model.tokenizer, entry.question, model.num_visual_tokens)
+        ids, size = {}, config.eval_batch_size  # {answer: its ids}: systems often say the same
+        for row in missing[entry.id]:
+            ids[row["text"], row["ended"]] = answer_ids(model, entry.question, row)
+        nll, asked = {}, [key for key in ids if ids[key]]
+        for batch in (asked[start : start + size] for start in range(0, len(asked), size)):
+            logps, _, _ = completion_logps(model, [Group(prompt, visual, [ids[key]]) for key in batch],
+                                           shared_prefix=False)  # [n, T], 0 where there is no token
+            nll |= dict(zip(batch, (-logps.sum(1)).tolist(), strict=True))
+        for row in missing[entry.id]:
+            key = row["text"], row["ended"]
+            row |= {"nll": round(nll.get(key, 0.0), 3), "nll_tokens": len(ids[key]), "nll_under": under}
+
+
+def answer_ids(model, question: str, row: dict) -> list[int]:
+    """A row's text as the ids that are supervised in training, without the end token where the answer was cut off."""
+    labels = encode_example(model.tokenizer, question, row["text"], model.num_visual_tokens, 10**6)["labels"]
+    ids = [label for label in labels if label != IGNORE_INDEX]
+    return ids if row["ended"] else ids[:-1]
+
+
 def write_predictions(file: Path, rows: list[dict]) -> None:
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-# ---- table and page --------------------------------------------------------------------------------------------------
-
-
-def cell(block: dict, key: str) -> str:
-    """`0.79 ±.05`, half of the interval's width after the sign; a dash where the number means nothing."""
-    metric = METRICS[key]
-    if metric.needs and not block[metric.needs]:
-        return "–"
-    low, high = block["interval"][key]
-    spread = f"{(high - low) / 2:.{metric.decimals}f}"
-    return f"{block[key]:.{metric.decimals}f} ±{spread.removeprefix('0') or spread}"
-
-
-def table_of_mode(metrics: dict, mode: str) -> list[list[str]]:
-    """One mode's table, its head first. The order of events has no column where no system has such a pair."""
-    systems = metrics["systems"]
-    has_order = any(block[mode]["order_pairs"] for block in systems.values())
-    keys = [key for key in METRICS if METRICS[key].in_table and (key != "order" or has_order)]
-    rows = [[mode.capitalize(), *(METRICS[key].head for key in keys), "mode acc."]]
-    for name, block in systems.items():
-        rows.append([name, *(cell(block[mode], key) for key in keys), f"{block['mode_accuracy']:.2f}"])
-    return rows
-
-
-def bars_of_mode(metrics: dict, mode: str, key: str) -> list[dict]:
-    """One bar per system: its value of a metric (None where it means nothing) and its interval, shares from 0 to 1."""
-    bars = []
-    for name, systems_block in metrics["systems"].items():
-        block, needs = systems_block[mode], METRICS[key].needs
-        low, high = block["interval"][key]
-        bars.append({"name": name, "value": None if needs and not block[needs] else block[key],
-                     "low": low, "high": high})
-    return bars
-
-
-def table(metrics: dict) -> str:
-    """One Markdown table per mode, columns padded so that it also reads well in a terminal."""
-    lines = []
-    for mode in metrics["words_in_range"]:
-        rows = table_of_mode(metrics, mode)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, ["-" * width for width in widths])
-        for row in rows:
-            padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-            lines.append("| " + " | ".join(padded) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def marked(text: str, truth: Truth):
-    """The text as HTML, each mention coloured by what the truth says of it."""
-    spans = []
-    for mention in find_mentions(text):
-        kind = "negated" if mention.negated else truth.verdict(mention.object)
-        spans.append((mention.start, mention.end, kind, f"{mention.object}: {kind}"))
-    for what, verdict, start, end in label_facts(text, truth.evidence) if truth.evidence else ():
-        spans.append((start, end, "unsupported" if verdict == "contradicted" else verdict, f"{what}: {verdict}"))
-    return highlight(text, spans)
-
-
-def report(metrics: dict, predictions: list[dict], truth: dict[str, Truth], strips: dict[str, list]) -> str:
-    """The page: the tables, then each clip with its frames and every system's answers, most invention first."""
-    answers, invented = defaultdict(dict), Counter()
-    for row in predictions:
-        if row["sample"] == 0 and row["system"] != "prior":
-            text = marked(row["text"], truth[row["video"]])
-            answers[row["video"]].setdefault(row["system"], {})[row["mode"]] = text
-        if row["system"] in metrics["checkpoints"]:
-            invented[row["video"]] += score_text(row["text"], truth[row["video"]], [0, 0])["invented"]
-    clips = []
-    for video in sorted(answers, key=lambda video: (-invented[video], video)):
-        clips.append({"video": video, "frames": strips[video], "answers": answers[video],
-                      "present": sorted(truth[video].present), "unknown": sorted(truth[video].unknown)})
-    charts = {mode: (bars_of_mode(metrics, mode, "chair_i"), bars_of_mode(metrics, mode, "recall"))
-              for mode in metrics["words_in_range"]}
-    return render("evaluation.html", metrics=metrics, clips=clips, charts=charts,
-                  tables=[table_of_mode(metrics, mode) for mode in metrics["words_in_range"]])
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -292,6 +311,9 @@ def open_inputs(config: EvaluateConfig):
     problems, train, held_out, truth = video_reader_problems(config), [], [], None
     folders = open_checkpoints(config, problems)
     paths = {key: getattr(config, key) for key in ("data", "val_data", "video_root", "truth")}
+    if config.clips:  # their own data: neither captions nor a split
+        paths = {"clips": config.clips, "truth": config.truth}
+    paths |= {"slices": config.slices, "baseline": config.baseline}
     absent = {key for key, path in paths.items() if path and not Path(path).exists()}
     problems += [f"{key}: not found: {paths[key]}" for key in paths if key in absent]
     for key in ("word_range", "eval_max_new_tokens"):
@@ -299,9 +321,9 @@ def open_inputs(config: EvaluateConfig):
                      for mode in getattr(config, key) if mode not in MODE_TABLE]
     if any((Path(config.output_dir) / name).exists() for name in ("train.log", "model")):
         problems.append(f"output_dir: {config.output_dir} is a training run's folder; give another with --output_dir")
-    if not absent & {"data", "val_data"}:
+    if not absent & {"data", "val_data", "clips"}:
         try:
-            train, held_out = load_split(config)
+            train, held_out = uncaptioned(config) if config.clips else load_split(config)
             if not held_out:
                 problems.append(f"data: no held-out clips in {config.val_data or config.data} (num_val_videos is "
                                 f"{config.num_val_videos})")
@@ -309,6 +331,9 @@ def open_inputs(config: EvaluateConfig):
             problems.append(f"data: {error}")
     for folder in folders.values():
         problems += leak_problems(config, held_out, folder)
+    problems += system_name_problems(config, list(folders), bool(train))
+    if config.second_judge.weights:
+        problems += evidence_problems(held_out, config.second_judge, config.evidence_cache, "second_judge")
     if not config.truth:
         problems += evidence_problems(held_out, config.judge, config.evidence_cache, "judge")
     elif "truth" not in absent:
@@ -316,6 +341,23 @@ def open_inputs(config: EvaluateConfig):
     if problems:
         fail(problems)
     return folders, train, held_out, truth
+
+
+def system_name_problems(config: EvaluateConfig, checkpoints: list[str], has_captions: bool) -> list[str]:
+    """What is wrong with the systems that `compare`, `nll_under` and `controls` name."""
+    problems = [f"controls: {how!r} is none of {', '.join(CONTROLS)}"
+                for how in config.controls if how not in CONTROLS]
+    if config.nll_under and config.nll_under not in checkpoints:
+        problems.append(f"nll_under: no checkpoint is called {config.nll_under!r}")
+    if not checkpoints or config.control not in ("", *checkpoints):
+        return problems  # said by open_checkpoints
+    known = [system.name for system in planned_systems(config, dict.fromkeys(checkpoints), True)]
+    known += ["prior", "reference"] if has_captions else []
+    for pair in config.compare:
+        before, colon, after = pair.partition(":")
+        if not colon or not {before, after} <= set(known):
+            problems.append(f"compare: {pair!r} is not BEFORE:AFTER, two of the systems {', '.join(known)}")
+    return problems
 
 
 def open_checkpoints(config: EvaluateConfig, problems: list[str]) -> dict[str, Path]:
@@ -359,8 +401,85 @@ def read_clips(videos: list[str], video_root: str) -> tuple[dict[str, list], dic
     return strips, failed
 
 
+def uncaptioned(config: EvaluateConfig) -> tuple[list, list]:
+    """([], one entry per mode for each clip in the folder `clips`, without captions)."""
+    entries = []
+    for path in sorted(Path(config.clips).rglob("*")):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            video = path.relative_to(config.clips).as_posix()
+            for mode, question in MODES.items():
+                entries.append(Entry(f"{Path(video).with_suffix('')}#{mode}", video, mode, question, ()))
+    return [], entries
+
+
+def find_truth(config: EvaluateConfig, entries, known_truth) -> tuple[dict[str, Truth], dict[str, Truth] | None]:
+    """(truth of the entries' clips, what the second judge says of them: None where there is none)."""
+    videos = {entry.video for entry in entries}
+    truth = judged_truth(config, config.judge, entries) if known_truth is None else {
+        video: known_truth[video] for video in sorted(videos)}
+    return truth, judged_truth(config, config.second_judge, entries) if config.second_judge.weights else None
+
+
+def pairs_of(config: EvaluateConfig, names: list[str]) -> list[tuple[str, str]]:
+    """The pairs of `compare`; by default each checkpoint and the next."""
+    if config.compare:
+        return [tuple(pair.split(":")) for pair in config.compare]
+    return list(zip(names, names[1:], strict=False))
+
+
+def score_systems(config: EvaluateConfig, names: list[str], rows_of: dict, truth: dict[str, Truth], ranges) -> dict:
+    """Everything in metrics.json that is computed from answers and truth. `names`: the checkpoints'."""
+    videos, seed = sorted(truth), config.seed
+    equal_words = equal_lengths(rows_of, names)
+    counts = {name: tally(rows, truth, ranges, equal_words) for name, rows in rows_of.items()}
+    values = {name: values_of(counts[name], ranges, videos, truth, seed) for name in rows_of}
+    systems = {}
+    for name, rows in rows_of.items():
+        systems[name] = {mode: block_of(counts[name], mode, values[name][mode], videos) for mode in ranges}
+        systems[name]["mode_accuracy"] = mode_accuracy(rows, ranges)
+        if config.caption_metrics:
+            add_bleu(systems[name], rows)
+    differences = [{"before": before, "after": after, **difference(values[before], values[after])}
+                   for before, after in pairs_of(config, names)]
+    slices, shown = {}, [name for name in rows_of if name in names or name == "reference"]
+    attributes = json.loads(Path(config.slices or config.truth).read_text()) if config.slices or config.truth else {}
+    for part, clips in slices_of(attributes, truth).items():
+        blocks = {name: score_slice(counts[name], ranges, clips, truth, seed) for name in shown}
+        slices[part] = {"clips": len(clips), "systems": blocks}
+    return {"systems": systems, "differences": differences, "slices": slices}
+
+
+def score_agreed(config: EvaluateConfig, names: list[str], rows_of, truth, second, ranges) -> dict:
+    """The two judges' agreement, and the systems' scores on what both say."""
+    agreed = agreed_truth(truth, second)
+    kept = {}
+    for name, rows in rows_of.items():
+        kept[name] = [row for row in rows if row["video"] in agreed]
+    return {"agreement": agreement(truth, second), **score_systems(config, names, kept, agreed, ranges)}
+
+
+def all_answers(config, folders, train, known_truth, truth, entries, limits) -> tuple[list[dict], dict, str]:
+    """(rows of predictions.jsonl of all systems, which are written there; the prior, as in metrics.json; the name of
+    the checkpoint under which their NLL was measured, or nothing)."""
+    file, predictions, prior = Path(config.output_dir) / "predictions.jsonl", [], {}
+    if train:
+        caption, f1 = constant_caption(train, known_truth or {})
+        print(f'prior: every clip is answered with "{caption}" (micro-F1 on the training clips: {f1:.2f})')
+        prior = {"caption": caption, "f1_micro_train": round(f1, 4)}
+        predictions += [prediction("prior", entry, caption) for entry in entries]
+    systems = planned_systems(config, folders, any(clip.order for clip in truth.values()))
+    predictions += ask_all(systems, entries, config, limits, file)
+    predictions += [prediction("reference", entry, entry.captions[0]) for entry in entries if entry.captions]
+    if under := config.nll_under or ("stage2" if "stage2" in folders else ""):
+        add_nll(predictions, entries, folders[under], config)
+    write_predictions(file, predictions)
+    return predictions, prior, under
+
+
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
+    if config.clips:
+        config = dataclasses.replace(config, video_root=config.clips)
     folders, train, held_out, known_truth = open_inputs(config)
     asked = {entry.mode for entry in held_out}
     modes = {name: mode for name, mode in MODE_TABLE.items() if name in asked}
@@ -368,7 +487,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     ranges = {name: list(config.word_range.get(name, mode.word_range)) for name, mode in modes.items()}
     strips, left_out = read_clips(sorted({entry.video for entry in held_out}), config.video_root)
     entries = [entry for entry in held_out if entry.video in strips]
-    truth = judged_truth(config, entries) if known_truth is None else {video: known_truth[video] for video in strips}
+    truth, second = find_truth(config, entries, known_truth)
     left_out |= {video: "the judge has no evidence" for video in strips if video not in truth}
     entries = [entry for entry in entries if entry.video in truth]
     if len(truth) < 2:
@@ -376,25 +495,22 @@ def evaluate(config: EvaluateConfig) -> dict:
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    prior, prior_f1 = constant_caption(train, known_truth or {})
-    print(f'prior: every clip is answered with "{prior}" (micro-F1 on the training clips: {prior_f1:.2f})')
-    systems = planned_systems(config, folders, any(clip.order for clip in truth.values()))
-    predictions = [prediction("prior", entry, prior) for entry in entries]
-    predictions += ask_all(systems, entries, config, limits, out / "predictions.jsonl")
-    predictions += [prediction("reference", entry, entry.captions[0]) for entry in entries]
-    write_predictions(out / "predictions.jsonl", predictions)
-
-    references, rows_of = {entry.id: entry.captions for entry in entries}, defaultdict(list)
+    predictions, prior, under = all_answers(config, folders, train, known_truth, truth, entries, limits)
+    rows_of = defaultdict(list)
     for row in predictions:
         rows_of[row["system"]].append(row)
-    metrics = {
-        "systems": {name: score(rows, truth, ranges, config.seed, references) for name, rows in rows_of.items()},
+    if config.caption_metrics:
+        captions = {entry.id: entry.captions for entry in entries}
+        rows_of = {name: add_caption_scores(rows, captions) for name, rows in rows_of.items()}
+    metrics = score_systems(config, list(folders), rows_of, truth, ranges) | {
         "checkpoints": dict(text.split("=", 1) for text in config.checkpoint),
-        "clips": len(truth), "left_out": left_out,
-        "prior": {"caption": prior, "f1_micro_train": round(prior_f1, 4)},
+        "clips": len(truth), "left_out": left_out, "nll_under": under,
+        "prior": prior,
         "truth": f"exact ({config.truth})" if config.truth else f"detector ({Path(config.judge.weights).name}, judge)",
         "words_in_range": ranges,
     }
+    if second:
+        metrics["agreed"] = score_agreed(config, list(folders), rows_of, truth, second, ranges)
     write_json(out / "metrics.json", metrics, indent=1)
     write_text(out / "table.md", table(metrics))
     write_text(out / "report.html", report(metrics, predictions, truth, strips))
@@ -404,9 +520,31 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     config = load_config(EvaluateConfig, argv, default_config="configs/stage3.yaml", description=__doc__)
+    if config.read_sheet:
+        return read_sheet(config)
+    if config.sheet:
+        return make_sheet(config)
     config.dtype = resolve_dtype(config.dtype)
-    evaluate(config)
+    baseline = read_baseline(config)  # before the run: it may be the file that the run writes
+    metrics = evaluate(config)
+    if baseline and (worse := worse_than(baseline, metrics)):
+        print(f"worse than {config.baseline}, beyond its interval:\n  " + "\n  ".join(worse), file=sys.stderr)
+        return 1
     return 0
+
+
+def read_baseline(config: EvaluateConfig) -> dict | None:
+    """The metrics.json of `baseline`, if there is one; ConfigError where it is none."""
+    if not config.baseline or not Path(config.baseline).is_file():
+        return None  # evaluate names a file that is missing, with all else that is
+    try:
+        baseline = json.loads(Path(config.baseline).read_text(encoding="utf-8"))
+        if not all("interval" in block[mode] for block in baseline["systems"].values()
+                   for mode in baseline["words_in_range"]):
+            raise KeyError("interval")
+    except (ValueError, KeyError, TypeError) as error:
+        fail([f"baseline: {config.baseline} is no metrics.json of evaluate.py ({error})"])
+    return baseline
 
 
 if __name__ == "__main__":

@@ -12,9 +12,24 @@ import pytest
 import evaluate as program
 import generate
 from dataset import MODE_TABLE, MODES, Entry, load_split
-from evaluate import cell, change_frames, constant_caption, evaluate, marked, table
-from evaluation import scoring
-from evaluation.scoring import Truth, count_claims, score, score_text
+from evaluate import change_frames, constant_caption, evaluate
+from evaluation.captions import add_bleu, add_caption_scores
+from evaluation.judges import agreed_truth, agreement, kappa
+from evaluation.report import cell, marked, table
+from evaluation.scoring import (
+    Truth,
+    count_claims,
+    difference,
+    draw_clips,
+    equal_lengths,
+    score,
+    score_slice,
+    score_text,
+    slices_of,
+    tally,
+    values_of,
+    worse_than,
+)
 from model import DriveVLM
 from stage3.grpo_reward_func import Evidence
 from training.common import ConfigError
@@ -129,17 +144,155 @@ def test_mentions_are_coloured_by_the_truth():
     assert re.search('<mark class="unsupported" [^>]+>cyclist</mark>', page)  # the person is there, the bicycle is not
 
 
-def test_the_scorer_receives_the_reference_captions(monkeypatch):
-    received = []
+def of_classes(*present, **known):
+    return Truth(frozenset(present), frozenset(present), **known)
 
-    def score_and_note(text, truth, words, references):
-        received.append(references)
-        return score_text(text, truth, words, references)
 
-    monkeypatch.setattr(scoring, "score_text", score_and_note)
-    rows = [row("A car.", mode) for mode in MODES]
-    score(rows, {"a.mp4": TRUTH}, RANGES, references={"a.mp4#copilot": ("A car.", "One car.")})
-    assert received == [(), ("A car.", "One car.")]
+def test_recall_of_safety_critical_classes_leaves_out_what_is_not_critical():
+    """There: a person, a car and a dog. Told: the car and the dog. Of the two that matter for safety, one."""
+    truth = {"a": of_classes("person", "car", "dog")}
+    block = score([row("A car and a dog.", mode, "a") for mode in MODES], truth, RANGES)["copilot"]
+    assert block["safety_recall"] == 0.5 and block["safety_classes"] == 2
+    assert block["recall"] == pytest.approx(2 / 3, abs=1e-4)
+    dogs = score([row("A dog.", mode, "a") for mode in MODES], {"a": of_classes("dog")}, RANGES)["copilot"]
+    assert cell(dogs, "safety_recall") == "–"
+
+
+def test_what_is_told_and_what_is_invented_in_traps_are_counted_apart():
+    """Four clips with a red light: in two a person crosses, of which one is told; in two nobody does, and one answer
+    invents a person. The fifth has no trap."""
+    light = ("light_red", "person")
+    truth = {name: of_classes("traffic light", "person", traps=((*light, True),)) for name in "ab"}
+    truth |= {name: of_classes("traffic light", traps=((*light, False),)) for name in "cd"}
+    truth["e"] = of_classes("car")
+    texts = {"a": "A person crosses at the red light.", "b": "A red light.", "c": "A person crosses.", "d": "A light.",
+             "e": "A person and a car."}
+    block = score([row(text, mode, name) for name, text in texts.items() for mode in MODES], truth, RANGES)["copilot"]
+    assert (block["trap_told"], block["traps_there"]) == (0.5, 2)
+    assert (block["trap_invented"], block["traps_absent"]) == (0.5, 2)
+    assert block["traps"] == {"light_red: person": {"told": [1, 2], "invented": [1, 2]}}
+    assert block["chair_i"] == pytest.approx(2 / 6, abs=1e-4)  # persons of c and e, of 6 mentions
+    # a class of a trap that is there for another reason is neither told nor invented by the trap
+    other = {"a": of_classes("person", traps=((*light, False),))}
+    assert score([row("A person.", mode, "a") for mode in MODES], other, RANGES)["copilot"]["traps_absent"] == 0
+
+
+def test_at_equal_length_only_the_first_words_count():
+    """The shorter answer has 4 words. Of the longer one's first 4, "a car and a", one mention counts, a right one."""
+    truth = {"a": of_classes("car", "bus")}
+    rows_of = {"long": [row("A car and a truck, then a bus.", mode, "a") for mode in MODES],
+               "short": [row("A truck turns off.", mode, "a") for mode in MODES],
+               "empty": [row("", mode, "a") for mode in MODES]}
+    equal = equal_lengths(rows_of, ["long", "short", "empty"])
+    assert equal == {(mode, "a"): 4 for mode in MODES}
+    long, short = (score(rows_of[name], truth, RANGES, equal_words=equal)["copilot"] for name in ("long", "short"))
+    assert (long["chair_i"], long["chair_i_equal"], long["recall_equal"]) == (0.3333, 0, 0.5)
+    assert (short["chair_i"], short["chair_i_equal"], short["recall_equal"]) == (1, 1, 0)
+    assert cell(score(rows_of["long"], truth, RANGES)["copilot"], "chair_i_equal") == "–"  # nothing to compare with
+
+
+def test_paired_differences_are_of_the_same_draws():
+    """One system invents in every clip where the other does, and in one of ten more. By itself each varies widely over
+    clips; their difference in each draw is the number of times that one clip was drawn, divided by 10."""
+    truth = {f"{i}": of_classes("car") for i in range(10)}
+    before = [row("A truck." if i < 5 else "A car.", mode, f"{i}") for i in range(10) for mode in MODES]
+    after = [row("A truck." if i < 6 else "A car.", mode, f"{i}") for i in range(10) for mode in MODES]
+    videos = sorted(truth)
+    values = [values_of(tally(rows, truth, RANGES), RANGES, videos, truth, 42) for rows in (before, after)]
+    change, low, high = difference(*values)["copilot"]["chair_i"]
+    assert change == 0.1 and low == 0 and high == 0.3
+    draws = draw_clips(10, 42)
+    assert (values[1]["copilot"]["chair_i"] - values[0]["copilot"]["chair_i"]) == pytest.approx(draws[:, 5] / 10)
+    assert difference(values[0], values[0])["copilot"]["recall"] == [0, 0, 0]
+
+
+def test_slices_are_parts_of_the_clips():
+    truth = {f"{i:02}": of_classes("car") if i % 2 else of_classes("car", "bus") for i in range(16)}
+    attributes = {video: {"night": i < 8, "weather": "rain", "boxes": [1]} for i, video in enumerate(sorted(truth))}
+    attributes["00"] = {"night": True}  # of weather, nothing is known here
+    parts = slices_of(attributes, truth)
+    assert {name: len(videos) for name, videos in parts.items()} == {
+        "night": 8, "not night": 8, "weather: rain": 15, "with bus": 8, "with car": 16}
+    rows = [row("A car." if i < 8 else "A car and a truck.", "copilot", video) for i, video in enumerate(sorted(truth))]
+    counts = tally(rows, truth, RANGES)
+    night, day = (score_slice(counts, ["copilot"], parts[part], truth, 42)["copilot"]
+                  for part in ("night", "not night"))
+    assert night["chair_i"] == 0 and day["chair_i"] == 0.5 and night["interval"]["chair_i"] == [0, 0]
+    assert night["recall"] == pytest.approx(8 / 12, abs=1e-4)
+    few = {video: clip for video, clip in truth.items() if video < "07"}
+    assert slices_of(attributes, few) == {}  # seven clips say nothing
+
+
+def test_the_baseline_names_what_got_worse_beyond_its_interval():
+    def metrics(recall, chair, interval=(0.4, 0.6)):
+        block = {"interval": {key: list(interval) for key in ("recall", "chair_i")}, "recall": recall, "chair_i": chair,
+                 "safety_recall": 0, "wrong_claims": 1, "ended": 0}  # without an interval: not compared
+        return {"systems": {"stage3": {"copilot": block}}, "words_in_range": {"copilot": [1, 2]},
+                "slices": {"night": {"clips": 9, "systems": {"stage3": {"copilot": block}}}}}
+
+    assert worse_than(metrics(0.5, 0.5), metrics(0.4, 0.6)) == []
+    assert worse_than(metrics(0.5, 0.5), metrics(0.9, 0.1)) == []
+    lines = worse_than(metrics(0.5, 0.5), metrics(0.39, 0.61))
+    assert len(lines) == 4 and lines[0] == "stage3, copilot, all clips: R 0.500 [0.400, 0.600] -> 0.390"
+    assert "night: CHAIRi 0.500 [0.400, 0.600] -> 0.610" in lines[3]
+    assert worse_than(metrics(0.5, 0.5) | {"systems": {}}, metrics(0.1, 0.9) | {"slices": {}}) == []
+
+
+def test_planted_policies_get_the_numbers_that_they_must():
+    """Blind: the same text whatever is shown. All: every class. Perfect: what is there. Without people: perfect but for
+    people. Half of the clips show a person at a red light, all a traffic light."""
+    light = ("light_red", "person")
+    truth = {f"{i}": of_classes("traffic light", "person", traps=((*light, True),)) if i % 2 else
+             of_classes("traffic light", traps=((*light, False),)) for i in range(10)}
+    texts = {"blind": lambda clip: "A person crosses at a traffic light.",
+             "all": lambda clip: "A person, a car, a bus, a truck, a bicycle and a traffic light.",
+             "perfect": lambda clip: " ".join(f"A {name}." for name in sorted(clip.present)),
+             "without people": lambda clip: "A traffic light."}
+    blocks = {}
+    for name, say in texts.items():
+        rows = [row(say(clip), mode, video) for video, clip in truth.items() for mode in MODES]
+        blocks[name] = score(rows, truth, RANGES)["copilot"]
+    keys = ("chair_i", "recall", "safety_recall", "trap_told", "trap_invented")
+    assert {name: [block[key] for key in keys] for name, block in blocks.items()} == {
+        "blind": [0.25, 1, 1, 1, 1],  # 5 of 20 mentions
+        "all": [0.75, 1, 1, 1, 1],  # 45 of 60
+        "perfect": [0, 1, 1, 1, 0],
+        "without people": [0, 0.6667, 0.6667, 0, 0],  # the best CHAIRi, and no person told: 10 of 15
+    }
+
+
+def test_two_judges_agree_as_worked_out_by_hand():
+    """Clips a, b, c. Car: both, both, first only; bus: neither, second only, unsure (left out)."""
+    first = {"a": of_classes("car"), "b": of_classes("car"), "c": of_classes("car")}
+    second = {"a": of_classes("car"), "b": of_classes("car", "bus"), "c": Truth(frozenset(), frozenset(), {"bus"})}
+    found = agreement(first, second)
+    assert found["classes"] == {"car": {"both": 2, "only_first": 1, "only_second": 0, "neither": 0},
+                                "bus": {"both": 0, "only_first": 0, "only_second": 1, "neither": 1}}
+    assert (found["clips"], found["pairs"], found["agreeing"]) == (3, 5, 0.6)
+    # by chance: both yes 3/5 * 3/5, both no 2/5 * 2/5: 0.52; (0.6 - 0.52) / (1 - 0.52)
+    assert found["kappa"] == pytest.approx(1 / 6, abs=1e-4)
+    agreed = agreed_truth(first, second)
+    assert agreed["a"].present == {"car"} and not agreed["a"].unknown
+    assert agreed["b"].unknown == {"bus"} and agreed["c"].present == set() and agreed["c"].unknown == {"car", "bus"}
+    assert kappa(3, 0, 0, 0) is None and kappa(1, 0, 0, 1) == 1 and kappa(0, 1, 1, 0) == -1
+    assert kappa(0, 0, 0, 0) is None
+
+
+def test_caption_metrics_are_those_of_their_packages():
+    references = {"a#copilot": ("A red car turns left at the light.", "The red car turns."),
+                  "b#copilot": ("One truck waits in rain.",)}  # words of all clips' captions weigh nothing in CIDEr
+    rows = [row("A red car turns left at the light.", video="a"), row("Dog.", video="b")]
+    same, other = add_caption_scores(rows, references)
+    assert same["rouge_l"] == 1 and other["rouge_l"] == 0 and same["cider"] > other["cider"] == 0
+    # ROUGE-L of "a bus" and "a red bus": common 2, precision 1, recall 2/3
+    [third] = add_caption_scores([row("a bus", video="a")], {"a#copilot": ("a red bus",)})
+    assert third["rouge_l"] == pytest.approx(0.8)
+    truth = {name: of_classes("car") for name in "ab"}
+    block = {"copilot": score([same, other], truth, {"copilot": [1, 99]})["copilot"]}
+    assert block["copilot"]["rouge_l"] == 0.5 and block["copilot"]["captioned"] == 2
+    add_bleu(block, [same, same])
+    assert block["copilot"]["bleu"] == 100 and block["copilot"]["interval"]["bleu"] == [100, 100]
+    assert "rouge_l" not in rows[0]  # what was asked is left as it was
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jinja2 import UndefinedError
+from markupsafe import Markup
 from PIL import Image
 
 import stage3.report
 from dataset import MODE_TABLE
-from pages.render import FRAME_WIDTH, data_uri, film_strip, highlight, jpeg_uri, render
+from pages.render import FRAME_WIDTH, data_uri, film_strip, highlight, jpeg_uri, page_file, render
 from stage3.report import boxes_at, chosen_groups, evenly, groups_by_step, main, reward_progress, write_report
 from training.common import ConfigError, DriveVLMError
 from training.config import CheckConfig, DetectorSettings, Stage3Config
@@ -34,7 +35,7 @@ def strip(text="50%"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values of the three pages
+# Values of the pages
 
 
 def rollouts(text, full=True):
@@ -46,7 +47,8 @@ def rollouts(text, full=True):
              "answers": [answer, answer, cut] if full else [answer]}
     return {"folder": Path(text), "num_steps": 1, "steps": [{"number": 3, "groups": [group]}], "reward": text,
             "progress": [("copilot", 0.1, 0.2)] if full else [], "weights": {"objects": 0.6, "temporal": 0.4},
-            "curves": PIXEL if full else ""}
+            "curves": PIXEL if full else "", "best": text if full else "",
+            "evaluations": [["step", text], ["0", "0.500"]] if full else [["step", text]]}
 
 
 def evaluation(text, full=True):
@@ -56,8 +58,11 @@ def evaluation(text, full=True):
                "words_in_range": {"copilot": [1, 2], "microscope": [1, 2]}}
     bars = [{"name": text, "value": 0.25, "low": 0.2, "high": 0.4},
             {"name": "prior", "value": None, "low": 0, "high": 0}]
+    rows = [[text, "P"], [text, "0.50 ±.05"], ["blank", "–"]]
+    if full:
+        metrics["agreed"] = {"agreement": {"pairs": 9, "agreeing": 0.5, "kappa": None}}
     return {"metrics": metrics, "clips": [clip] if full else [], "charts": {text: (bars, bars)} if full else {},
-            "tables": [[[text, "P"], [text, "0.50 ±.05"], ["blank", "–"]]] if full else []}
+            "tables": [rows] if full else [], "slices": [rows] if full else [], "agreed": [rows] if full else []}
 
 
 def check(text, full=True):
@@ -75,7 +80,26 @@ def check(text, full=True):
             "groups": [("error", text, [problem] * 10)] if full else [], "examples": [example] if full else []}
 
 
-VALUES = {"rollouts.html": rollouts, "evaluation.html": evaluation, "check.html": check}
+SHEET_SCRIPT = page_file("sheet.js")  # the only script that a page has
+
+
+def sheet(text, full=True):
+    mention = {"id": "q1A1", "mention": "A1", "number": 1, "object": text, "words": text}
+    sides = [{"name": "A", "text": highlight(text, []), "mentions": [mention, mention]},
+             {"name": "B", "text": "", "mentions": []}]
+    answers = [{"number": 1, "question": text, "sides": sides}, {"number": 2, "question": text, "sides": sides[:1]}]
+    clip = {"frames": strip(text), "answers": answers}
+    return {"sheet": text, "questions": 3, "clips": [clip] if full else [], "script": Markup(SHEET_SCRIPT),
+            "script_hash": "sha256-0"}
+
+
+VALUES = {"rollouts.html": rollouts, "evaluation.html": evaluation, "check.html": check, "sheet.html": sheet}
+
+
+def rendered(template, text, full):
+    """A page without its own script, which is not made of values."""
+    page = render(template, **VALUES[template](text, full))
+    return page.replace(f"<script>{SHEET_SCRIPT}</script>", "") if template == "sheet.html" else page
 
 
 def test_every_page_is_tested():
@@ -86,9 +110,9 @@ def test_every_page_is_tested():
 @pytest.mark.parametrize("template", VALUES)
 @pytest.mark.parametrize("full", [True, False])
 def test_text_is_escaped_in_every_field(template, full):
-    page = render(template, **VALUES[template](SCRIPT, full))
+    page = rendered(template, SCRIPT, full)
     assert "<script" not in page and "&lt;script&gt;" in page
-    harmless = render(template, **VALUES[template]("text", full))
+    harmless = rendered(template, "text", full)
     tags = re.compile(r"<[a-z!/][^<>]*>")
     assert len(tags.findall(page)) == len(tags.findall(harmless))  # no text has become a tag or ended an attribute
 
@@ -96,7 +120,7 @@ def test_text_is_escaped_in_every_field(template, full):
 @pytest.mark.parametrize("template", VALUES)
 @pytest.mark.parametrize("full", [True, False])
 def test_a_page_has_no_outside_references(template, full):
-    page = render(template, **VALUES[template]("a car", full))
+    page = rendered(template, "a car", full)
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
     assert not OUTSIDE.search(page) and "<link" not in page and "{{" not in page and "{%" not in page
     assert 'name="viewport"' in page and "--good:" in page

@@ -283,11 +283,16 @@ class Stage3Config(TrainKeys):
     evidence_cache: str = "output/evidence"  # folder of the detector's boxes, one JSON per clip
     max_kl: float | None = 1.0  # stop when a step's mean KL per token exceeds this; none: never
     max_dead_steps: int | None = 20  # stop after this many consecutive steps without a group whose rewards differ
+    # stop when, on the held-out clips, a mode's reward has risen while its lead over the reward of answers to another
+    # clip has fallen to this share of what it was with stage 2; none: never
+    stop_when_blind: float | None = 0.5
+    # the result is the evaluated step with the highest held-out reward (mean of the modes), not the last step
+    keep_best: bool = False
 
     def problems(self):
         found = self.out_of_range(
             above=("eval_batch_size", "temperature", "inner_epochs", "max_dead_steps", "dpo_beta"),
-            least=("beta", "epsilon", "epsilon_high", "std_floor"))
+            least=("beta", "epsilon", "epsilon_high", "std_floor"), shares=["stop_when_blind"])
         if self.objective == "grpo" and self.sample_from == "reference":
             found.append("sample_from: reference does not go with objective: grpo, which learns from the policy's own "
                          "answers only")
@@ -297,6 +302,8 @@ class Stage3Config(TrainKeys):
             found.append("modes must name at least one mode")
         found += [f"max_new_tokens.{mode} must be above 0, got {limit}"
                   for mode, limit in self.max_new_tokens.items() if limit < 1]
+        if self.keep_best and self.val_data is None and self.num_val_videos == 0:
+            found.append("keep_best needs held-out clips: num_val_videos or val_data")
         found += [f"mode_weights.{mode} must be above 0, got {weight}"
                   for mode, weight in self.mode_weights.items() if weight <= 0]
         if not self.reward_weights or min(self.reward_weights.values()) < 0 or sum(self.reward_weights.values()) <= 0:
@@ -344,9 +351,21 @@ class EvaluateConfig(DataKeys):
     checkpoint: list[str] = field(default_factory=list)  # NAME=FOLDER, one or several: checkpoint or run folders
     output_dir: str = "output/evaluate"  # where predictions, metrics, table and page are written
     control: str = ""  # the checkpoint that is shown blank, swapped and reversed clips; default: stage2, else the last
+    # changed clips that every checkpoint is shown as well: blank, swapped, middle (its middle frame only), shuffled,
+    # reversed, dark
+    controls: list[str] = field(default_factory=list)
+    # BEFORE:AFTER, pairs of systems whose paired difference is shown; default: each checkpoint and the next
+    compare: list[str] = field(default_factory=list)
+    nll_under: str = ""  # checkpoint under which the NLL of all answers is measured; default: stage2, if there is one
+    slices: str = ""  # JSON, {clip: {"night": true, "weather": "rain"}}: parts of the clips to score; default: truth
+    baseline: str = ""  # metrics.json of an earlier run: exit 1 where something got worse beyond its interval
+    clips: str = ""  # folder of clips without captions: ask about them instead of the held-out ones of `data`
+    caption_metrics: bool = False  # also BLEU, ROUGE-L and CIDEr against the held-out captions
     truth: str = ""  # file of exact truth, as the toy world writes it; without it, the judge's evidence is the truth
     # detector that judges where there is no exact truth
     judge: DetectorSettings = field(default_factory=judge_defaults)
+    # another judge, to see how far the two agree, and the scores on what they agree on; without weights: none
+    second_judge: DetectorSettings = field(default_factory=lambda: DetectorSettings(weights=""))
     evidence_cache: str = "output/evidence"  # folder of the detectors' boxes, one JSON per clip
     vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
     language_model: str | None = None  # where the language model is now, if not where the checkpoint says
@@ -358,15 +377,36 @@ class EvaluateConfig(DataKeys):
     eval_max_new_tokens: dict[str, int] = field(default_factory=dict)
     num_samples: int = 0  # extra rows with this many sampled answers per clip and mode
     temperature: float = 1.0  # of the sampled answers
-    seed: int = 42  # of sampled answers and bootstrap draws
+    seed: int = 42  # of sampled answers, bootstrap draws and sheets
     eval_batch_size: int = 8  # clips that are answered at once
+    # write a sheet for people with this many clips: the answers of two systems, from the predictions in output_dir
+    sheet: int = 0
+    sheet_systems: list[str] = field(default_factory=lambda: ["stage2", "stage3"])  # the second's win rate is told
+    sheet_modes: list[str] = field(default_factory=list)  # modes that the sheet asks about; default: all
+    # detector whose evidence the reward checks; a sheet compares it with people, beside truth or judge
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    read_sheet: list[str] = field(default_factory=list)  # CSV files that raters gave back for the sheet in output_dir
 
     def problems(self):
         found = self.out_of_range(above=("eval_batch_size", "temperature"), least=["num_samples"])
         found += [f"eval_max_new_tokens.{mode} must be above 0, got {limit}"
                   for mode, limit in self.eval_max_new_tokens.items() if limit < 1]
-        found += word_range_problems(self.word_range)
+        found += word_range_problems(self.word_range) + self.sheet_problems()
+        if self.second_judge.weights:
+            found += self.second_judge.problems("second_judge")
+        if self.clips and self.caption_metrics:
+            found.append("caption_metrics: needs captions, and the clips of --clips have none")
         return super().problems() + found + ([] if self.truth else self.judge.problems("judge"))
+
+    def sheet_problems(self):
+        found = self.out_of_range(least=["sheet"])
+        if len(self.sheet_systems) != 2 or len(set(self.sheet_systems)) != 2:
+            found.append(f"sheet_systems must name two systems, got {self.sheet_systems}")
+        if len(set(self.sheet_modes)) != len(self.sheet_modes):
+            found.append(f"sheet_modes names a mode twice: {self.sheet_modes}")
+        if self.sheet and self.read_sheet:
+            found.append("sheet and read_sheet: write a sheet or read one, not both")
+        return found + (self.detector.problems("detector") if self.sheet else [])
 
 
 @dataclass
