@@ -29,6 +29,7 @@ from dataset import MODES
 from model import DriveVLM, ModelError, resolve_dtype
 from stage3.detect_objects import evidence_problems, frames_problems, get_evidence
 from stage3.grpo import SUMS, check_shared_prefix, load_reference, mean_statistics, needs_reference, training_pass
+from stage3.held_out import Evaluations
 from stage3.language import judge_language, usual_nll
 from stage3.report import write_report
 from stage3.rollout import (
@@ -79,7 +80,6 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
 
     # ---- model and optimizer
     model, reference_hash = build_model(config, checkpoint, accelerator.device)
-    model.set_trainable("lora")
     loop.record_clips(config, model, train_entries, held_out)
     run.print(model.trainable_table())
     failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*prompts, *held_out]}))
@@ -91,9 +91,11 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
               f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers of the "
               f"{config.sample_from}, {config.objective}")
     sampler.usual_nll = state.get("usual_nll") or usual_nll(config, model, sampler, prompts, run.print)
+    evaluations = Evaluations(config, run, sampler, held_out, state)
     save = functools.partial(
         loop.save_checkpoint, config, run, accelerator, model, optimizer, stage=3, failed_clips=failed_clips,
-        init_from=config.init_from, reference_sha256=reference_hash, usual_nll=sampler.usual_nll)
+        init_from=config.init_from, reference_sha256=reference_hash, usual_nll=sampler.usual_nll,
+        evaluations=evaluations.state)  # a dict that changes with each evaluation
 
     # ---- the loop: step 0 only evaluates, which gives the baseline. Resumed from a path, dead steps count from 0 again
     dead_steps, began = state.get("dead_steps", 0) if config.resume == "auto" else 0, time.perf_counter()
@@ -111,12 +113,10 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
         elif checkpoint:
             continue  # the checkpoint's own step was evaluated before it was saved
         last = step == total_steps
-        if held_out and (last or step % config.eval_every == 0):
-            loop.log_losses(run, step, sampler.evaluate(held_out))
-        if held_out and run.main and (last or step % config.sample_every == 0):
-            loop.show_answers(config, run, model, step, held_out, sampler.visual_tokens)
+        if problem := evaluations.after(step, last):
+            stop(run, save, step, True, dead_steps, problem)
         stopping = signals.requested(accelerator)
-        if step > first_step and (last or stopping or step % config.save_every == 0):
+        if evaluations.is_best(step) or step > first_step and (last or stopping or step % config.save_every == 0):
             save(step, dead_steps=dead_steps)
             run.draw_curves(curve_panels(config))
         if stopping and not last:
@@ -124,7 +124,7 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
 
     # ---- the result
     if run.main:
-        loop.save_result(run, model, stage=3)
+        loop.save_result(run, model, stage=3, best=evaluations.state["best"])
         run.print(f"report: {write_report(run.folder, config)}")
     accelerator.end_training()
     run.print(f"done: {run.model_folder} | next: evaluate.py --checkpoint s2={config.init_from} s3={run.folder}")
@@ -158,6 +158,7 @@ def build_model(config, checkpoint, device):
             fail([f"init_from: {checkpoint} was trained against the adapter of {state['init_from']} "
                   f"(sha256 {state['reference_sha256'][:12]}), {config.init_from} holds another "
                   f"({reference_hash[:12]}): the KL would be measured against another policy"])
+    model.set_trainable("lora")
     model.activation_checkpointing(config.activation_checkpointing)
     model.set_lora_dropout(0.0)  # sampling and scoring must use the same probabilities
     return model, reference_hash
@@ -220,15 +221,15 @@ def update(config, accelerator, model, optimizer, rollouts, totals):
 
 
 def stop(run, save, step, weights_are_of_this_step, dead_steps, problem):
-    """Save the last sound weights and end the run with the reason."""
+    """Save the last weights whose numbers are sound and end the run with the reason."""
     problem = problem or (
         f"for {dead_steps} consecutive steps no group's rewards differed, so there is nothing to learn from (are all "
         "answers the same? see rollouts.jsonl and the entropy; a higher temperature helps)")
     last = step if weights_are_of_this_step else step - 1
     save(last, dead_steps=dead_steps)
     folder = run.checkpoints / f"step-{last:06d}"
-    raise TrainingError(f"step {step}: {problem}\nthe weights before that are in {folder}; --resume with this path and "
-                        "another --output_dir continues from there with other settings")
+    raise TrainingError(f"step {step}: {problem}\nthe weights after step {last} are in {folder}; --resume with this "
+                        "path and another --output_dir continues from there with other settings")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,21 @@ def reward_progress(metrics: list[dict]) -> list[tuple[str, float, float]]:
     return progress
 
 
+def evaluation_rows(metrics: list[dict]) -> tuple[list[list[str]], str]:
+    """(rows of a table, its head first; the best step or ""): of each evaluation the step and, for each mode, the
+    reward of greedy answers and what of it is lost with another clip and with grey frames (stage3/held_out.py)."""
+    rows, best, keys = [["step"]], "", []
+    for mode in MODE_TABLE:
+        rows[0] += [mode, "lost: other clip", "lost: grey"]
+        keys += [f"eval_{name}_{mode}" for name in ("reward", "gap_swapped", "gap_blank")]
+    for row in metrics:
+        if any(row.get(key) is not None for key in keys):
+            values = [row.get(key) for key in keys]
+            rows.append([str(row["step"]), *("–" if value is None else f"{value:.3f}" for value in values)])
+            best = str(row["best_step"]) if "best_step" in row else best
+    return rows, best
+
+
 def write_report(folder, config: Stage3Config) -> Path:
     """Write `folder`/report.html again and return its path; `config`: the run's configuration."""
     folder = Path(folder)
@@ -114,10 +129,11 @@ def write_report(folder, config: Stage3Config) -> Path:
     for number in evenly(sorted(steps), STEPS):
         groups = [group_values(records, config) for records in chosen_groups(steps[number])]
         shown.append({"number": number, "groups": groups})
-    curves = folder / "curves.png"
+    curves, metrics = folder / "curves.png", read_jsonl(folder / "metrics.jsonl")
+    evaluations, best = evaluation_rows(metrics)
     page = render(
-        "rollouts.html", folder=folder, num_steps=len(steps), steps=shown,
-        progress=reward_progress(read_jsonl(folder / "metrics.jsonl")),
+        "rollouts.html", folder=folder, num_steps=len(steps), steps=shown, progress=reward_progress(metrics),
+        evaluations=evaluations, best=best,
         reward=config.reward, weights=config.reward_weights,
         curves=data_uri(curves.read_bytes(), "image/png") if curves.is_file() else "")
     write_text(folder / "report.html", page)

@@ -18,13 +18,11 @@ from accelerate.utils import gather_object
 from transformers import DynamicCache
 
 from dataset import (
-    IGNORE_INDEX,
     MODE_TABLE,
     MODES,
     ClipTensors,
     Entry,
     VideoError,
-    encode_example,
     encode_prompt,
 )
 from model import head_logits
@@ -34,7 +32,6 @@ from stage3.grpo import (
     PREFIX,
     Group,
     attention_mask,
-    completion_logps,
     group_advantages,
     has_variance,
     reference_policy,
@@ -42,7 +39,7 @@ from stage3.grpo import (
 )
 from stage3.grpo_reward_func import label_facts, label_mentions
 from training.common import TrainingError, stable_seed
-from training.loop import clock, mean_losses, require_finite, sum_over_ranks
+from training.loop import clock, require_finite
 
 
 @dataclass
@@ -274,7 +271,7 @@ def answer_limits(config):
 
 
 class RolloutSampler:
-    """Samples and scores answers: `roll_out` for a training step, `evaluate` greedily for the held-out clips.
+    """Samples and scores the answers of a training step: `roll_out`. stage3/held_out.py evaluates with it.
 
     folder: run folder, where visual tokens are kept; evidence: {video: Evidence, or None where detection failed};
     reward: a function as `load_reward` gives.
@@ -332,63 +329,27 @@ class RolloutSampler:
                 errors.append(str(error))
         return visual, errors
 
-    def score(self, entry, completion) -> dict:
-        """The answer's line of rollouts.jsonl, except its place in the step. A reward that fails ends the run."""
-        evidence = self.evidence[entry.video]
+    def reward_of(self, entry, text) -> tuple[float, dict[str, float]]:
+        """(reward, its parts) of a text as an answer to the entry. A reward that fails ends the run."""
         try:
-            total, parts = score_text(completion.text, evidence, entry.mode, reference_text(entry), self.reward,
+            total, parts = score_text(text, self.evidence[entry.video], entry.mode, reference_text(entry), self.reward,
                                       self.config.reward_weights)
         except Exception as error:  # whatever a user's function raises: it must not become a reward of 0
-            raise TrainingError(f"reward {self.config.reward} failed on {entry.id}, {completion.text[:200]!r}: "
+            raise TrainingError(f"reward {self.config.reward} failed on {entry.id}, {text[:200]!r}: "
                                 f"{type(error).__name__}: {error}") from error
         require_finite(total, "reward", [entry.id])
+        return total, parts
+
+    def score(self, entry, completion) -> dict:
+        """The answer's line of rollouts.jsonl, except its place in the step."""
+        evidence = self.evidence[entry.video]
+        total, parts = self.reward_of(entry, completion.text)
         mentions = [[mention.object, verdict, mention.start, mention.end]
                     for mention, verdict in label_mentions(completion.text, evidence)]
         claims = [list(label) for label in label_facts(completion.text, evidence)]
         return {"id": entry.id, "video": entry.video, "mode": entry.mode, "text": completion.text,
                 "tokens": len(completion.ids), "ended": completion.ended, "reward": total, **parts,
                 "mentions": mentions, "claims": claims, "evidence": evidence_dict(evidence)}
-
-    @torch.no_grad()
-    def evaluate(self, held_out) -> dict[str, float]:
-        """Loss of the held-out captions and reward of greedy answers, by mode, divided among the ranks."""
-        sums, size, errors = Counter(), self.config.eval_batch_size, []
-        held_out = sorted(held_out, key=lambda entry: entry.mode)  # batches of similar lengths
-        own = held_out[self.accelerator.process_index::self.accelerator.num_processes]
-        for start in range(0, len(own), size):
-            errors += self._evaluate_batch(own[start:start + size], sums)
-        self.failed_clips.add(self.accelerator, errors)
-        values = mean_losses(self.accelerator, sums)
-        rewards = sum_over_ranks(self.accelerator, [sums["reward", mode] for mode in MODES])
-        answers = sum_over_ranks(self.accelerator, [sums["answers", mode] for mode in MODES])
-        return values | {f"eval_reward_{mode}": reward / count
-                         for mode, reward, count in zip(MODES, rewards, answers, strict=True) if count}
-
-    def _evaluate_batch(self, entries, sums) -> list[str]:
-        """Add one batch's losses and rewards to `sums`; returns the errors of unreadable clips."""
-        visual, errors = self.read_clips(dict(enumerate(entries)))
-        entries = [entry for i, entry in enumerate(entries) if i in visual]
-        if not entries:
-            return errors
-        groups = [self._caption_group(entry, tokens) for entry, tokens in zip(entries, visual.values(), strict=True)]
-        logps, _, mask = completion_logps(self.model, groups, shared_prefix=False)
-        answers = sample_groups(
-            self.model, [group.prompt_ids for group in groups], torch.stack([group.visual for group in groups]),
-            [[0]] * len(groups), [self.limits[entry.mode] for entry in entries], temperature=0.0, shared_prefix=False)
-        for row, (entry, (answer,)) in enumerate(zip(entries, answers, strict=True)):
-            sums["loss", entry.mode] -= logps[row].sum().item()
-            sums["tokens", entry.mode] += mask[row].sum().item()
-            if self.evidence[entry.video]:
-                sums["reward", entry.mode] += self.score(entry, answer)["reward"]
-                sums["answers", entry.mode] += 1
-        return errors
-
-    def _caption_group(self, entry, tokens):
-        """The entry's prompt with its first caption as the only completion."""
-        example = encode_example(self.model.tokenizer, entry.question, entry.captions[0], self.model.num_visual_tokens,
-                                 self.config.max_text_tokens)
-        answer = [label for label in example["labels"] if label != IGNORE_INDEX]
-        return Group(example["input_ids"][:-len(answer)], tokens, [answer])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,6 +500,8 @@ def curve_panels(config):
         parts[f"parts, {mode}"] = [f"{part}/{mode}" for part in config.reward_weights]
     return {
         "reward": [*(f"reward/{mode}" for mode in MODES), *(f"eval_reward_{mode}" for mode in MODES)], **parts,
+        "held-out reward lost with another clip, with grey frames": [
+            *(f"eval_gap_swapped_{mode}" for mode in MODES), *(f"eval_gap_blank_{mode}" for mode in MODES)],
         "std of a group's rewards, share of dead groups": ["reward_std", "dead_groups"],
         "KL to stage 2, nats per token": ["kl"],
         "DPO: share of pairs told apart, margin": ["dpo_accuracy", "dpo_margin", "dpo_chosen"],

@@ -124,7 +124,8 @@ def world(tiny, tmp_path_factory):
         3: {"init_from": root / "odd2", "evidence_cache": root / "evidence", "detector.weights": "none.pt",
             "detector.num_frames": 3, "num_generations": 3, "reward": "test_stage3:vowels", "temperature": 0.7,
             "loss_type": "grpo", "beta": 0.5, "kl": "k2", "epsilon": 0.1, "epsilon_high": 0.4, "inner_epochs": 2,
-            "advantage_scale": "batch", "std_floor": 0.12, "mask_truncated": False, "max_kl": "none"},
+            "advantage_scale": "batch", "std_floor": 0.12, "mask_truncated": False, "max_kl": "none",
+            "stop_when_blind": "none"},
     }
     return SimpleNamespace(root=root, tiny=tiny, values=values, stage_values=stage_values, train=train,
                            held_out=held_out)

@@ -108,5 +108,6 @@ def test_300_steps_of_stage_3_leave_memory_and_files_flat(tiny, tmp_path):
     seen = soak(tmp_path, "train_stage3", shared_flags(tiny, tmp_path) | {
         "config": tmp_path / "config.yaml", "init_from": tmp_path / "stage2", "evidence_cache": tmp_path / "evidence",
         "detector.weights": "none.pt", "detector.num_frames": 3, "reward": "test_stage3:vowels", "num_generations": 4,
-        "per_device_batch_size": 2, "gradient_accumulation_steps": 1, "mask_truncated": False, "max_kl": "none"})
+        "per_device_batch_size": 2, "gradient_accumulation_steps": 1, "mask_truncated": False, "max_kl": "none",
+        "stop_when_blind": "none"})
     check_flat(seen, tmp_path / "run")

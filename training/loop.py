@@ -11,6 +11,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -42,8 +43,17 @@ from dataset import (
     video_reader_problems,
 )
 from model import ModelError, base_model_problem, read_checkpoint, read_clips
-from training.common import StopRun, TrainingError, cpu_count, fail, is_other_base, process_rank, stable_seed
-from training.run_folder import checkpoint_step, writing
+from training.common import (
+    StopRun,
+    TrainingError,
+    cpu_count,
+    fail,
+    is_other_base,
+    process_rank,
+    stable_seed,
+    write_json,
+)
+from training.run_folder import checkpoint_problems, checkpoint_step, writing
 
 PANELS = {  # curves.png of stages 1 and 2
     "loss": ["loss", "eval_loss", *(f"eval_loss_{mode}" for mode in MODES)],
@@ -533,10 +543,26 @@ def save_checkpoint(config, run, accelerator, model, optimizer, step, stage, fai
                 torch.save(optimizer.state_dict(), file)
 
 
-def save_result(run, model, stage):
-    """The stage's result, model/: written last, complete or absent. For rank 0."""
+def save_result(run, model, stage, best=None):
+    """The stage's result, model/: written last, complete or absent. For rank 0.
+
+    best: {"step", ..} of the checkpoint whose model it is, which drivevlm.json then names; None: the last weights.
+    """
     with writing(run.model_folder):
-        model.save_checkpoint(run.model_folder, stage=stage)
+        if best is None:
+            model.save_checkpoint(run.model_folder, stage=stage)
+            return
+        source = run.checkpoints / f"step-{best['step']:06d}"
+        if problems := checkpoint_problems(source):
+            raise TrainingError(f"{source}, the best by held-out reward, is damaged: {'; '.join(problems)}")
+        temporary = run.model_folder.with_name(".model.tmp")
+        for leftover in (temporary, run.model_folder):  # a folder without drivevlm.json is no result
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(source / "model", temporary)
+        meta = json.loads((temporary / "drivevlm.json").read_text(encoding="utf-8"))
+        write_json(temporary / "drivevlm.json", {**meta, "best": best}, indent=1)
+        temporary.rename(run.model_folder)
+        run.print(f"{run.model_folder} is of step {best['step']}, the best by held-out reward ({best['reward']:.4f})")
 
 
 def restore(checkpoint, optimizer, failed_clips, device) -> tuple[int, dict]:

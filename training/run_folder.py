@@ -193,7 +193,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep: int, barrier=lambda: None, **state):
-        """Yield a temporary folder that becomes checkpoints/step-000010 on exit; only the newest `keep` are kept.
+        """Yield a temporary folder that becomes checkpoints/step-000010 on exit; only the newest `keep` are kept, and
+        the best, which `state` may name (stage3/held_out.py).
 
         Every process enters; `barrier` makes them wait for each other. `state` goes into run.json, with the number of
         processes and the commit. After an error inside, nothing that looks like a checkpoint is left.
@@ -219,10 +220,12 @@ class RunFolder:
         finally:
             if self.main:
                 shutil.rmtree(temporary, ignore_errors=True)
+        best = (state.get("evaluations") or {}).get("best")
         if self.main:
             for folder in step_folders(self.checkpoints)[:-keep]:
-                # renamed first: a half-deleted folder must not look like a checkpoint
-                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
+                if best is None or checkpoint_step(folder) != best["step"]:
+                    # renamed first: a half-deleted folder must not look like a checkpoint
+                    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
 
     def find_resume(self, config) -> Path | None:
         """The checkpoint that `config.resume` continues from, None for a fresh start; ConfigError if that is refused.
@@ -508,7 +511,10 @@ def _draw_panel(axis, title: str, curves: dict[str, list[tuple]]):
 
 
 def plot_curves(metrics, picture, panels: dict[str, list[str]]):
-    """Draw metrics.jsonl as a grid of panels, {title: keys of one panel}; panels without any value are left out."""
+    """Draw metrics.jsonl as a grid of panels, {title: keys of one panel}; panels without any value are left out.
+
+    A line marks the last `best_step` that is logged.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -534,6 +540,9 @@ def plot_curves(metrics, picture, panels: dict[str, list[str]]):
         axis.set_visible(False)
     for axis, (title, curves) in zip(axes.flat, shown.items(), strict=False):
         _draw_panel(axis, title, curves)
+        for _, best in series.get("best_step", [])[-1:]:
+            axis.axvline(best, color="#64748b", linestyle=":", linewidth=1.2)
+            axis.set_title(f"best: step {best}", loc="right", fontsize=8, color="#64748b")
     figure.suptitle(str(Path(metrics).parent), fontsize=9, color="#64748b", x=0.01, ha="left")
     with replacing(picture) as temporary:
         figure.savefig(temporary, dpi=120)
