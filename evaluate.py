@@ -324,7 +324,9 @@ def open_inputs(config: EvaluateConfig):
     if not absent & {"data", "val_data", "clips"}:
         try:
             train, held_out = uncaptioned(config) if config.clips else load_split(config)
-            if not held_out:
+            if not held_out and config.clips:
+                problems.append(f"clips: no clip in {config.clips} ({', '.join(sorted(VIDEO_SUFFIXES))})")
+            elif not held_out:
                 problems.append(f"data: no held-out clips in {config.val_data or config.data} (num_val_videos is "
                                 f"{config.num_val_videos})")
         except DataError as error:

@@ -165,6 +165,8 @@ def score_text(text: str, truth: Truth, words: list[int], equal_words: int | Non
     counts |= {("hit", name): 1 for name in said & truth.present}
     counts |= {("false", name): 1 for name in set(invented)}
     counts |= {("missed", name): 1 for name in truth.salient - said}
+    counts |= {("recalled", name): 1 for name in truth.salient & said}
+    counts |= {("salient", name): 1 for name in truth.salient}
     return counts
 
 
@@ -281,6 +283,7 @@ def block_of(counts: dict, mode: str, values: dict[str, np.ndarray], videos: lis
     block = {key: round(float(value[0]), 4) for key, value in values.items()}
     block |= {key: total[count] for key, count in SUMS.items()}
     block["traps"] = traps_block(total)
+    block["classes"] = classes_block(total)
     block["interval"] = {key: interval_of(value) for key, value in values.items()}
     return block
 
@@ -291,6 +294,15 @@ def traps_block(total: Counter) -> dict[str, dict]:
     for context, name in sorted({key[1:] for key in total if isinstance(key, tuple) and len(key) == 3}):
         told, there, invented, absent = (total[what, context, name] for what in ("told", "there", "invented", "absent"))
         block[f"{context}: {name}"] = {"told": [told, there], "invented": [invented, absent]}
+    return block
+
+
+def classes_block(total: Counter) -> dict[str, dict]:
+    """{class: {"told": [answers, of those to clips where it is salient], "invented": answers}}."""
+    block = {}
+    for name in sorted({key[1] for key in total if isinstance(key, tuple) and key[0] in ("salient", "false")}):
+        told, there, invented = (total[what, name] for what in ("recalled", "salient", "false"))
+        block[name] = {"told": [told, there], "invented": invented}
     return block
 
 
@@ -363,7 +375,7 @@ def score_slice(counts: dict, modes, videos: list[str], truth: dict[str, Truth],
     blocks = {}
     for mode, values in values_of(counts, modes, videos, truth, seed).items():
         block = block_of(counts, mode, {key: values[key] for key in SLICE_METRICS}, videos)
-        blocks[mode] = {key: value for key, value in block.items() if key != "traps"}
+        blocks[mode] = {key: value for key, value in block.items() if key not in ("traps", "classes")}
     return blocks
 
 

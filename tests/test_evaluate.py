@@ -8,10 +8,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate as program
 import generate
-from dataset import MODE_TABLE, MODES, Entry, load_split
+from dataset import MODE_TABLE, MODES, Entry, encode_example, load_split, read_frames
 from evaluate import change_frames, constant_caption, evaluate
 from evaluation.captions import add_bleu, add_caption_scores
 from evaluation.judges import agreed_truth, agreement, kappa
@@ -130,6 +131,11 @@ def test_controls_change_the_frames_as_named():
     assert change_frames(frames, "") is frames
     assert (change_frames(frames, "blank") == 128).all()
     assert (change_frames(frames, "reversed")[:, 0] == frames[:, -1]).all()
+    assert (change_frames(frames, "middle") == frames[:, 2:3]).all()
+    shuffled = change_frames(frames, "shuffled")
+    assert all((shuffled[:, i] != frames[:, i]).any() for i in range(4))  # no frame stays
+    assert sorted(shuffled[0].reshape(4, -1).tolist()) == sorted(frames[0].reshape(4, -1).tolist())
+    assert change_frames(np.full((1, 2, 2, 2, 3), 200, dtype=np.uint8), "dark").max() == 30
     swapped = change_frames(frames, "swapped")
     assert all((swapped[i] != frames[i]).any() for i in range(3)) and sorted(swapped.sum((1, 2, 3, 4))) == sorted(
         frames.sum((1, 2, 3, 4)))
@@ -154,6 +160,8 @@ def test_recall_of_safety_critical_classes_leaves_out_what_is_not_critical():
     block = score([row("A car and a dog.", mode, "a") for mode in MODES], truth, RANGES)["copilot"]
     assert block["safety_recall"] == 0.5 and block["safety_classes"] == 2
     assert block["recall"] == pytest.approx(2 / 3, abs=1e-4)
+    assert block["classes"] == {"person": {"told": [0, 1], "invented": 0}, "car": {"told": [1, 1], "invented": 0},
+                                "dog": {"told": [1, 1], "invented": 0}}
     dogs = score([row("A dog.", mode, "a") for mode in MODES], {"a": of_classes("dog")}, RANGES)["copilot"]
     assert cell(dogs, "safety_recall") == "–"
 
@@ -363,6 +371,108 @@ def test_num_samples_adds_rows_of_sampled_answers(config):
     sampled = [r for r in rows if r["system"] == "stage2 T=2"]
     assert len(sampled) == 3 * 6 and {r["sample"] for r in sampled} == {0, 1, 2}
     assert len({r["text"] for r in sampled}) > 6
+
+
+def test_controls_of_every_checkpoint_and_their_differences(config, monkeypatch):
+    config.controls, config.compare = ["middle", "blank", "dark"], ["blank:stage2", "stage1:stage1/dark"]
+    metrics = evaluate(config)
+    names = ["prior", "blank", "swapped", "middle", "reversed", "dark", "stage1", "stage1/blank", "stage1/middle",
+             "stage1/dark", "stage2", "reference"]
+    assert list(metrics["systems"]) == names
+    assert [(pair["before"], pair["after"]) for pair in metrics["differences"]] == [
+        ("blank", "stage2"), ("stage1", "stage1/dark")]
+    texts = {}
+    for r in map(json.loads, open(f"{config.output_dir}/predictions.jsonl")):
+        texts.setdefault(r["system"], []).append((r["id"], r["text"]))
+    blank = dict(texts["blank"])
+    assert len({blank[name] for name in blank if name.endswith("copilot")}) == 1  # all grey clips are alike
+    assert metrics["nll_under"] == "stage2"
+    assert metrics["systems"]["prior"]["copilot"]["nll_tokens"] and metrics["systems"]["prior"]["copilot"]["nll"] > 0
+    page = open(f"{config.output_dir}/report.html").read()
+    assert "Microscope, change" in page and "stage1 → stage1/dark" in page
+
+
+def test_the_nll_is_the_one_of_the_loss(config):
+    """A row's NLL is what the model's own forward pass gives for the same answer."""
+    metrics = evaluate(config)
+    rows = [json.loads(line) for line in open(f"{config.output_dir}/predictions.jsonl")]
+    entry = load_split(config)[1][0]
+    [row] = [r for r in rows if r["system"] == "reference" and r["id"] == entry.id]
+    model = DriveVLM.from_checkpoint(config.checkpoint[1].split("=")[1], dtype="float32")
+    example = encode_example(model.tokenizer, entry.question, entry.captions[0], model.num_visual_tokens, 4096)
+    ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
+    frames = torch.from_numpy(read_frames(f"{config.video_root}/{entry.video}", 3, model.image_size))[None]
+    out = model(frames, ids, torch.ones_like(ids), labels)
+    assert row["nll_tokens"] == out["num_tokens"]
+    # without the banned ids, the forward pass gives every token a little less
+    assert row["nll"] == pytest.approx(out["loss_sum"].item(), rel=0.02) and row["nll"] <= out["loss_sum"].item() + 1e-3
+    assert metrics["systems"]["reference"][entry.mode]["nll"] > 0
+
+
+def test_clips_without_captions_are_asked_about(config, tiny, tmp_path):
+    config.clips, config.data, config.checkpoint = str(tiny.videos), "no.json", config.checkpoint[1:]
+    config.truth = ""
+    config.judge.weights = "no.pt"
+    with pytest.raises(ConfigError) as error:
+        evaluate(config)
+    assert "judge.weights" in error.value.text and "no.json" not in error.value.text
+    names = sorted(path.name for path in tiny.videos.iterdir())
+    (tmp_path / "truth.json").write_text(json.dumps({name: {"present": ["car"]} for name in names}))
+    config.truth = str(tmp_path / "truth.json")
+    metrics = evaluate(config)
+    assert list(metrics["systems"]) == ["blank", "swapped", "stage2"] and metrics["prior"] == {}
+    assert metrics["clips"] == len(names)
+    assert "The prior" not in open(f"{config.output_dir}/report.html").read()
+    (tmp_path / "nothing").mkdir()
+    config.clips = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="clips: no clip in"):
+        evaluate(config)
+
+
+def test_a_second_judge_and_what_both_say(config, monkeypatch):
+    def get_evidence(entries, root, settings, cache):
+        assert settings.weights == "other.pt"
+        return {video: Evidence({"bus"}) for video in sorted({entry.video for entry in entries})[:2]}
+
+    monkeypatch.setattr(program, "get_evidence", get_evidence)
+    monkeypatch.setattr(program, "evidence_problems", lambda *rest: [])
+    config.second_judge.weights, config.checkpoint = "other.pt", config.checkpoint[1:]
+    metrics = evaluate(config)
+    found = metrics["agreed"]["agreement"]
+    assert (found["clips"], found["pairs"], found["agreeing"]) == (2, 4, 0)  # a car by the truth, a bus by the judge
+    classes = metrics["agreed"]["systems"]["reference"]["copilot"]["classes"].values()
+    assert all(counts["told"] == [0, 0] for counts in classes)  # no class is there by both
+    assert "Two judges agree on 0.0%" in open(f"{config.output_dir}/table.md").read()
+    assert "Two judges" in open(f"{config.output_dir}/report.html").read()
+
+
+def test_a_worse_run_exits_with_1(config, tmp_path, monkeypatch, capsys):
+    config.checkpoint = config.checkpoint[1:]
+    monkeypatch.setattr(program, "load_config", lambda *rest, **named: config)
+    assert program.main([]) == 0
+    file = tmp_path / "out" / "metrics.json"
+    config.baseline = str(file)
+    assert program.main([]) == 0  # the same run is not worse
+    before = json.loads(file.read_text())
+    before["systems"]["reference"]["copilot"]["interval"]["recall"] = [1.5, 2.0]
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    config.baseline = str(tmp_path / "before.json")
+    assert program.main([]) == 1
+    assert "reference, copilot, all clips: R" in capsys.readouterr().err
+    (tmp_path / "before.json").write_text("{}")
+    with pytest.raises(ConfigError, match="baseline: .*before.json is no metrics.json"):
+        program.main([])
+
+
+def test_wrong_names_of_systems_are_told_together(config):
+    config.controls, config.compare, config.nll_under = ["grey"], ["stage1", "stage2:prior", "stage2:x"], "stage9"
+    config.slices = "no.json"
+    with pytest.raises(ConfigError) as error:
+        evaluate(config)
+    for part in ("controls: 'grey' is none of blank, swapped, middle", "nll_under: no checkpoint is called 'stage9'",
+                 "compare: 'stage1' is not", "compare: 'stage2:x' is not", "slices: not found: no.json"):
+        assert part in error.value.text
+    assert "stage2:prior" not in error.value.text
 
 
 def test_an_unreadable_clip_is_left_out_for_all_systems(config, tiny, tmp_path, capsys):
