@@ -23,6 +23,11 @@ def render(template: str, **values) -> str:
     return _pages.get_template(template).render(**values)
 
 
+def page_file(name: str) -> str:
+    """The text of a file of this folder, a script for example."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
 def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 

@@ -1,0 +1,294 @@
+"""The sheet in a browser: Debian's chromium, driven through its debugging pipe. Skipped only where there is none."""
+
+import base64
+import csv
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.ratings import read_ratings
+from evaluation.sheet import Item, key_of_items, sheet_name, write_page
+from pages.render import jpeg_uri
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
+PATIENCE = 60  # seconds that the browser gets for one command
+START = "import os, sys; _, there, back, *argv = sys.argv; os.dup2(int(there), 3); os.dup2(int(back), 4); " \
+        "os.execv(argv[0], argv)"
+
+
+class Browser:
+    """A page in headless chromium. Commands of the DevTools protocol go through file descriptors 3 and 4, each message
+    ended by a zero byte."""
+
+    def __init__(self, profile: Path):
+        there, self.write = os.pipe()
+        self.read, back = os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (there, back)]  # not 3 or 4 themselves
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+                 f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen([sys.executable, "-c", START, *map(str, ends), CHROMIUM, *flags], pass_fds=ends,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for end in (there, back, *ends):
+            os.close(end)
+        self.left, self.number, self.session, self.events = b"", 0, None, []
+        pages = [target for target in self("Target.getTargets")["targetInfos"] if target["type"] == "page"]
+        self.session = self("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method: str, **values) -> dict:
+        """Sends one command and returns its result; events that come meanwhile are kept in `events`."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": values}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            message = self.receive(until)
+            if message.get("id") == self.number:
+                assert "error" not in message, message["error"]
+                return message["result"]
+            self.events.append(message)
+        raise TimeoutError(method)
+
+    def receive(self, until: float) -> dict:
+        while b"\0" not in self.left:
+            if not select.select([self.read], [], [], max(until - time.monotonic(), 0))[0]:
+                raise TimeoutError("chromium does not answer")
+            self.left += os.read(self.read, 1 << 16)
+        message, _, self.left = self.left.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, url: str) -> None:
+        self("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def js(self, expression: str):
+        """The value of an expression in the page."""
+        done = self("Runtime.evaluate", expression=expression, returnByValue=True, userGesture=True)
+        assert "exceptionDetails" not in done, done["exceptionDetails"]
+        return done["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        until = time.monotonic() + PATIENCE
+        while not self.js(condition):
+            assert time.monotonic() < until, condition
+            time.sleep(0.05)
+
+    def press(self, key: str, code: str = "", shift: bool = False) -> None:
+        text = {"text": key} if len(key) == 1 else {}
+        for kind in ("keyDown", "keyUp"):
+            self("Input.dispatchKeyEvent", type=kind, key=key, code=code, modifiers=8 * shift, **text)
+
+    def size(self, width: int, height: int) -> None:
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+
+    def screenshot(self, file: Path, **values) -> None:
+        file.write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png", **values)["data"]))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.read)
+        os.close(self.write)
+
+
+ITEMS = [
+    Item("a.mp4", "microscope", ("x", "y"), ("A car, a cyclist and a car. No bus.", "A truck passes; then a car.")),
+    Item("a.mp4", "copilot", ("y", "x"), ("Car ahead.", "Car ahead.")),  # equal: nobody is asked which is better
+    Item("b.mp4", "microscope", ("y", "x"), ("A <b>bus</b>.", "")),
+    Item("b.mp4", "copilot", ("x", "y"), ("Bus, then a dog.", "Stop sign.")),
+]
+ALL = {"q1": "B", "q1A1": "there", "q1A2": "not there", "q1A3": "cannot tell", "q1A4": "there", "q1B1": "not there",
+       "q1B2": "there", "q2A1": "there", "q3": "A", "q3A1": "there", "q4": "same", "q4A1": "there", "q4A2": "not there",
+       "q4B1": "cannot tell"}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    """The browser with the sheet of ITEMS open, nothing answered, laptop wide; downloads go to tmp_path."""
+    frames = {}
+    for video, light in (("a.mp4", 60), ("b.mp4", 120)):
+        pictures = [np.full((90, 160, 3), light + 30 * k, np.uint8) for k in range(3)]
+        frames[video] = [{"uri": jpeg_uri(picture), "label": f"{k} of 3"} for k, picture in enumerate(pictures)]
+    assert write_page(tmp_path / "sheet.html", ITEMS, frames) == len(ALL)
+    browser.size(1366, 768)
+    browser("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    browser.events.clear()
+    browser.open(f"file://{tmp_path}/sheet.html")
+    browser.js("localStorage.clear()")  # what the test before has left
+    browser.open(f"file://{tmp_path}/sheet.html")
+    browser.js("confirm = () => true")
+    return browser
+
+
+def click(browser, selector):
+    """A click with the mouse on the middle of an element, scrolled into view."""
+    where = browser.js(f"""(() => {{ const element = document.querySelector({json.dumps(selector)});
+        element.scrollIntoView({{block: "center"}}); const box = element.getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2]; }})()""")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser("Input.dispatchMouseEvent", type=kind, x=where[0], y=where[1], button="left", clickCount=1)
+
+
+def choose(browser, question, value):
+    click(browser, f'#{question} input[value="{value}"] + span')
+
+
+def chosen(browser):
+    return browser.js("Object.fromEntries([...document.querySelectorAll('input:checked')].map(i => [i.name, i.value]))")
+
+
+def downloaded(browser, file):
+    click(browser, "#download")
+    until = time.monotonic() + PATIENCE
+    while not file.exists():
+        assert time.monotonic() < until, browser.js("document.querySelector('#message').textContent")
+        time.sleep(0.05)
+    return list(csv.reader(file.read_text(encoding="utf-8").splitlines()))
+
+
+def is_silent(browser):
+    """Nothing was fetched but the page itself, no script failed, nothing was refused by the page's policy."""
+    urls = [event["params"]["request"]["url"] for event in browser.events
+            if event["method"] == "Network.requestWillBeSent"]
+    bad = [event for event in browser.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    return bad == [] and all(url.startswith(("file:", "data:", "blob:")) for url in urls)
+
+
+def test_a_rater_clicks_through_reloads_and_downloads(page, tmp_path):
+    assert page.js("document.querySelector('#count').textContent") == "0 of 14 answered"
+    click(page, "#rater")
+    page("Input.insertText", text='Anna "the 1st", Müller')
+    for question in ("q1", "q1A1", "q1A2", "q1A3", "q1A4", "q1B1"):
+        choose(page, question, ALL[question])
+    choose(page, "q1A1", "not there")
+    choose(page, "q1A1", ALL["q1A1"])  # an answer can be changed
+    assert page.js("document.querySelector('#count').textContent") == "6 of 14 answered"
+    click(page, "#clips button:nth-child(2)")
+    choose(page, "q3", ALL["q3"])
+
+    page("Page.reload")
+    page.wait("document.readyState === 'complete' && document.querySelector('#bar').value > 0")
+    assert chosen(page) == {name: ALL[name] for name in ("q1", "q1A1", "q1A2", "q1A3", "q1A4", "q1B1", "q3")}
+    assert page.js("document.querySelector('#rater').value") == 'Anna "the 1st", Müller'
+    assert page.js("[...document.querySelectorAll('section')].map(clip => clip.hidden)") == [True, False]
+
+    for question in ("q3A1", "q4", "q4A1", "q4A2", "q4B1"):
+        choose(page, question, ALL[question])
+    click(page, "section:not([hidden]) .previous")
+    rows = downloaded(page, tmp_path / "ratings_Anna_the_1st_Müller.csv")
+    assert "2 questions open" in page.js("document.querySelector('#message').textContent") and len(rows) == 13
+    (tmp_path / "ratings_Anna_the_1st_Müller.csv").unlink()
+    for question in ("q1B2", "q2A1"):
+        choose(page, question, ALL[question])
+    rows = downloaded(page, tmp_path / "ratings_Anna_the_1st_Müller.csv")
+    assert page.js("document.querySelector('#message').textContent") == "Downloaded. Thank you."
+    assert rows[0] == ["sheet", "rater", "item", "mention", "answer"]
+    assert {tuple(row[:2]) for row in rows[1:]} == {(sheet_name(ITEMS), 'Anna "the 1st", Müller')}
+    assert {f"q{item}{mention}": answer for _, _, item, mention, answer in rows[1:]} == ALL and len(rows) == 15
+
+    problems = []
+    key = {"sheet": sheet_name(ITEMS), "items": key_of_items(ITEMS, {})}
+    ratings = read_ratings([str(tmp_path / "ratings_Anna_the_1st_Müller.csv")], key, problems)
+    assert problems == [] and len(ratings['Anna "the 1st", Müller']) == 14
+    assert is_silent(page)
+
+
+def test_the_sheet_can_be_answered_by_keyboard_alone(page):
+    def at():
+        return page.js("(document.activeElement.closest('fieldset') || document.activeElement).id")
+
+    page.press("2", "Digit2")
+    assert chosen(page) == {}  # the first open question is a preference
+    page.press("b", "KeyB")
+    assert chosen(page) == {"q1": "B"} and at() == "q1A1"
+    page.press("!", "Digit1", shift=True)  # this car, the other car of A, and those of B and of the copilot line
+    assert chosen(page) == {"q1": "B", **dict.fromkeys(("q1A1", "q1A4", "q1B2", "q2A1"), "there")} and at() == "q1A2"
+    page.press("2", "Digit2")
+    page.press("3", "Numpad3")
+    assert at() == "q1B1" and chosen(page)["q1A3"] == "cannot tell"
+    page.press("k", "KeyK")
+    page.press("k", "KeyK")
+    assert at() == "q1A3"
+    page.press("1", "Digit1")
+    page.press("2", "Digit2")
+    assert chosen(page)["q1B1"] == "not there" and page.js("document.activeElement.className") == "next main"
+    assert page.js("document.querySelector('#clips button').classList.contains('done')")
+    page.press("n", "KeyN")
+    assert page.js("[...document.querySelectorAll('section')].map(clip => clip.hidden)") == [True, False]
+    for key, code in (("a", "KeyA"), ("1", "Digit1"), ("s", "KeyS"), ("1", "Digit1"), ("2", "Digit2"), ("3", "Digit3")):
+        page.press(key, code)
+    assert chosen(page) == ALL | {"q1A3": "there"}
+    page.js("document.querySelector('#rater').focus()")
+    page.press("p", "KeyP")  # a letter of the name, no command
+    assert page.js("document.querySelector('#rater').value") == "p"
+    assert page.js("[...document.querySelectorAll('section')].map(clip => clip.hidden)") == [True, False]
+
+
+def test_pictures_can_be_stepped_played_and_enlarged(page):
+    def when():
+        return page.js("document.querySelector('.when').textContent")
+
+    assert when() == "frame 1 of 3, 0 of 3"
+    page.press(".", "Period")
+    assert when() == "frame 2 of 3, 1 of 3"
+    page.press(",", "Comma")
+    page.press(",", "Comma")
+    assert when() == "frame 3 of 3, 2 of 3"
+    click(page, ".thumbs button:nth-child(2)")
+    assert page.js("document.querySelector('.large img').src === document.querySelectorAll('.thumbs img')[1].src")
+    click(page, ".play")
+    page.wait("document.querySelector('.when').textContent.startsWith('frame 1 of')")
+    click(page, ".play")
+    click(page, ".large")
+    assert page.js("document.querySelector('dialog').open && document.querySelector('dialog img').clientWidth > 1000")
+    click(page, "dialog")
+    assert page.js("document.querySelector('dialog').open") is False
+
+
+def test_no_name_no_file_and_a_browser_that_keeps_nothing_says_so(page, tmp_path):
+    choose(page, "q1", "A")
+    click(page, "#download")
+    assert page.js("document.activeElement.id") == "rater"
+    assert "Write your name first" in page.js("document.querySelector('#message').textContent")
+    click(page, "#start_over")
+    assert chosen(page) == {} and page.js("document.querySelector('#count').textContent") == "0 of 14 answered"
+    page.js("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    choose(page, "q1", "B")
+    assert chosen(page) == {"q1": "B"}
+    assert "keeps nothing" in page.js("document.querySelector('#message').textContent")
+    assert list(tmp_path.glob("*.csv")) == []
+
+
+@pytest.mark.parametrize("width, height", [(1366, 768), (390, 844)])
+def test_everything_fits_at_laptop_and_phone_width(page, width, height):
+    page.size(width, height)
+    assert page.js("document.documentElement.scrollWidth") <= width
+    assert page.js("document.querySelector('.large img').clientWidth") >= 320
+    boxes = page.js("""[...document.querySelectorAll('section:not([hidden]) .choices span, .desk button')].map(
+        element => { const box = element.getBoundingClientRect(); return [box.left, box.right, box.height]; })""")
+    assert boxes and all(0 <= left < left + 20 < right <= width and down > 20 for left, right, down in boxes)
+    choose(page, "q2A1", "there")  # the last question: the clip is still in sight above or beside it
+    picture = page.js("(() => { const box = document.querySelector('.large').getBoundingClientRect(); "
+                      "return [box.top, box.bottom]; })()")
+    assert picture[0] >= 0 and picture[1] <= height
+    assert chosen(page) == {"q2A1": "there"}
