@@ -385,7 +385,8 @@ def test_two_processes_give_the_same_step_as_one(stage2, tmp_path, quick):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
         one, two = (rows_of(folder / "metrics.jsonl")[-1] for folder in folders)
         assert two["loss"] == pytest.approx(loss, abs=1e-6)
-        for key in ("reward", "reward_std", "dead_groups", "kl", "entropy", "length/copilot", "eval_loss"):
+        for key in ("reward", "reward_std", "dead_groups", "kl", "entropy", "length/copilot", "eval_loss",
+                    "eval_reward_microscope", "eval_gap_swapped_microscope", "eval_gap_blank_microscope"):
             assert two[key] == pytest.approx(one[key], abs=1e-5), key
         assert rows_of(folders[0] / "rollouts.jsonl") == rows_of(folders[1] / "rollouts.jsonl")
         assert (folders[1] / "model" / "drivevlm.json").is_file() and (folders[1] / "report.html").is_file()
