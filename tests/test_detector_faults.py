@@ -134,10 +134,21 @@ def test_a_false_object_is_a_real_one_of_another_clip_for_some_frames_on_end():
     assert names_of(record) == {"car", "bus", name}
 
 
+def test_a_false_object_is_of_a_class_that_the_clip_does_not_show():
+    for video, record in all_with_faults(MANY, only("false"), SETTINGS).items():
+        shown, (name,) = names_of(MANY[video]), record["faults"]["false"]
+        assert name not in shown | {CONFUSED[other] for other in shown & set(CONFUSED)}
+
+
 def test_a_track_for_a_false_object_is_sure_unbroken_and_not_longer_than_the_clip():
     gap = make_record("gap.mp4", {"person": (0, 4)})
     gap["frames"][2]["boxes"][0][1] = 0.4
     assert find_tracks({"gap.mp4": gap}, 0.5) == {}  # two frames, a weak one, two frames
+    two = make_record("two.mp4", {"person": (0, 2)})
+    for frame in two["frames"][:3]:
+        frame["boxes"].append([0, 0.6, 0.7, 0.4, 0.8, 0.7])
+        frame["colours"].append(None)
+    assert [box[1] for _, box, _ in find_tracks({"two.mp4": two}, 0.5)["person"][0]] == [0.9, 0.9, 0.9]
     late = find_tracks({"late.mp4": make_record("late.mp4", {"person": (12, 14)})}, 0.5)
     assert [number for number, _, _ in late["person"][0]] == [12, 13, 14]
     assert false_track(make_record("x.mp4", {}), only("false"), late) == late["person"][0]
