@@ -33,7 +33,7 @@ def read_key(file: Path, problems: list[str]) -> dict:
     """The content of sheet_key.json, or {} and a problem."""
     try:
         key = json.loads(file.read_text(encoding="utf-8"))
-        key["sheet"], key["systems"], key["items"], key["counts"]  # noqa: B018
+        key["sheet"], key["systems"], key["clips"], key["items"], key["counts"]  # noqa: B018
         return key
     except OSError:
         problems.append(f"output_dir: no {file}; it is written beside the sheet by --sheet")
@@ -243,15 +243,13 @@ def chair_of_people(mentions: list[dict], clips: dict[str, int], draws: np.ndarr
             "chair_i": estimate(share(invented, invented + there))}
 
 
-def corrected_chair(by_video: dict[str, list[int]], clips: dict[str, int], draws, draws_of_others, pooled, own) -> dict:
-    """CHAIRi over all clips as a source gives it, and corrected by its error rates (pooled; of this system alone)."""
-    others = [video for video in by_video if video not in clips]
-    totals = []
-    for which in (0, 1):  # mentions called not there, mentions decided
-        of_sheet = np.array([by_video[video][which] for video in clips], float)
-        of_others = np.array([by_video[video][which] for video in others], float)
-        totals.append(draws @ of_sheet + draws_of_others @ of_others)
-    apparent = share(*totals)
+def corrected_chair(counts: np.ndarray, draws: np.ndarray, pooled: tuple, own: tuple) -> dict:
+    """CHAIRi over all clips as a source gives it, and corrected by its error rates (pooled; of this system alone).
+
+    counts [clips, 2]: of each clip's mentions those called not there, and those decided; draws [1 + BOOTSTRAP, clips].
+    """
+    invented, decided = (draws @ counts).T
+    apparent = share(invented, decided)
     return {"apparent": estimate(apparent), "corrected": estimate(rogan_gladen(apparent, *pooled)),
             "corrected_by_own_rates": estimate(rogan_gladen(apparent, *own))}
 
@@ -263,9 +261,10 @@ def only(questions: list, answers: dict) -> dict:
 
 def results(key: dict, ratings: dict[str, dict], seed: int) -> dict:
     """The content of sheet_ratings.json: a pure function of key, ratings and seed."""
-    videos = list(dict.fromkeys(item["video"] for item in key["items"]))
-    clips, rng, draws_of = dict(zip(videos, range(len(videos)), strict=True)), np.random.default_rng(seed), {}
-    draws = draw_clips(len(clips), rng)
+    on_sheet = list(dict.fromkeys(item["video"] for item in key["items"]))
+    others = [video for video in key["clips"] if video not in on_sheet]
+    clips, rng = {video: i for i, video in enumerate(on_sheet)}, np.random.default_rng(seed)
+    draws, draws_of_others = draw_clips(len(on_sheet), rng), draw_clips(len(others), rng)
     mentions, questions = label_mentions(key, ratings), questions_of(key)
     asked = {"preferences": [q for q in questions if not q[1]], "mentions": [q for q in questions if q[1]]}
     found = {
@@ -290,11 +289,9 @@ def results(key: dict, ratings: dict[str, dict], seed: int) -> dict:
             own = count_mentions([m for m in mentions if m["system"] == system], source, clips, draws)
             found["error"][source][system] = error_of(own)
             for mode, by_video in by_system[system].items():
-                others = len(by_video.keys() - clips.keys())
-                if others not in draws_of:
-                    draws_of[others] = draw_clips(others, rng)
+                counts = np.array([by_video[video] for video in on_sheet + others], float)
                 found["chair_i"][system][mode][source] = corrected_chair(
-                    by_video, clips, draws, draws_of[others], rates(pooled), rates(own))
+                    counts, np.hstack([draws, draws_of_others]), rates(pooled), rates(own))
     return found
 
 

@@ -9,6 +9,7 @@ what truth, judge and reward's evidence say of each mention. evaluation/ratings.
 """
 
 import base64
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -241,16 +242,19 @@ def key_problems(file: Path, name: str) -> list[str]:
 def make_sheet(config: EvaluateConfig) -> int:
     """Writes sheet.html and sheet_key.json into the output folder. All problems come in one message, exit code 2."""
     problems, out = video_reader_problems(config), Path(config.output_dir)
+    if config.clips:
+        config = dataclasses.replace(config, video_root=config.clips)
     if not Path(config.video_root).exists():
-        problems.append(f"video_root: not found: {config.video_root}")
+        problems.append(f"{'clips' if config.clips else 'video_root'}: not found: {config.video_root}")
     answers, modes = open_answers(config, problems)
     items = []
     if not problems:
         items = draw_items(answers, config.sheet_systems, modes, config.sheet, config.seed)
         problems += key_problems(out / "sheet_key.json", sheet_name(items))
-    truths = read_truths(config, comparable_clips(answers, modes), problems)
+    clips = comparable_clips(answers, modes)
+    truths = read_truths(config, clips, problems)
     frames = read_frames(config, list(dict.fromkeys(item.video for item in items)))
-    key = {"sheet": sheet_name(items), "systems": config.sheet_systems, "modes": modes,
+    key = {"sheet": sheet_name(items), "systems": config.sheet_systems, "modes": modes, "clips": clips,
            "items": key_of_items(items, truths), "counts": count_invented(answers, truths)}
     write_json(out / "sheet_key.json", key, indent=1)
     questions = write_page(out / "sheet.html", items, frames)

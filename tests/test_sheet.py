@@ -105,7 +105,8 @@ def small_key():
     ]
     counts = {"truth": {"old": {"copilot": {"1": [1, 2], "2": [1, 2], "3": [0, 1], "4": [2, 5]}},
                         "new": {"copilot": {"1": [0, 1], "2": [0, 0], "3": [0, 1], "4": [0, 2]}}}}
-    return {"sheet": "sheet-1", "systems": ["old", "new"], "modes": ["copilot"], "items": items, "counts": counts}
+    return {"sheet": "sheet-1", "systems": ["old", "new"], "modes": ["copilot"], "clips": ["1", "2", "3", "4"],
+            "items": items, "counts": counts}
 
 
 def ratings_of(**marks):
@@ -176,7 +177,7 @@ def simulated(num_clips, rng, asked=10):
             counts[system]["copilot"][str(clip)] = [verdicts.count("unsupported"), asked]
         items.append(item)
     key = {"sheet": "sheet-1", "systems": list(INVENTED), "modes": ["copilot"], "items": items[:num_clips],
-           "counts": {"truth": counts}}
+           "clips": [item["video"] for item in items], "counts": {"truth": counts}}
     return key, real
 
 
@@ -345,6 +346,8 @@ def test_a_sheet_and_its_key_are_written(config, tmp_path, capsys):
         "car.mp4": [1, 2], "bus.mp4": [0, 0], "walk.mp4": [1, 2]}  # the dog is unknown, and so is all of bus.mp4
     assert key["counts"]["truth"]["stage3"]["copilot"] == {"car.mp4": [0, 1], "bus.mp4": [1, 1], "walk.mp4": [0, 1]}
 
+    assert key["clips"] == ["bus.mp4", "car.mp4", "walk.mp4"]
+
     before = page
     assert make_sheet(config) == 0 and (tmp_path / "out/sheet.html").read_text() == before
     config.sheet = 3
@@ -360,6 +363,11 @@ def test_without_exact_truth_the_judge_and_the_reward_are_compared_with_people(c
     key = json.loads((tmp_path / "out/sheet_key.json").read_text())
     assert set(key["counts"]) == {"judge", "detector"} and key["systems"] == ["stage3", "stage2"]
     assert {item["mode"] for item in key["items"]} == {"microscope"} and len(key["items"]) == 2
+
+
+def test_clips_without_captions_are_read_from_their_folder(config, tmp_path):
+    config.clips, config.video_root = config.video_root, "nowhere"
+    assert make_sheet(config) == 0 and (tmp_path / "out/sheet.html").exists()
 
 
 def test_all_problems_of_a_sheet_are_in_one_message(config, tmp_path):
