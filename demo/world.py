@@ -10,7 +10,8 @@ and a cause or a consequence.
     python -m demo.world --output_dir output/demo/fresh --num_clips 300 --seed 7 --held_out true
 
 writes more clips for evaluation, all of them drawn and captioned as held-out clips are, under names that no training
-clip has.
+clip has. `--twins true` adds twins of the held-out clips, which differ from them in one object that is not drawn, and
+`twins.json`, which says of which clip each is the twin and what it lacks.
 
 Some captions are wrong on purpose, like captions written by language models: in the training clips' Microscope entries,
 most clauses about a red light or a stop sign say that a pedestrian crosses, and most about a bus say that a car follows
@@ -26,7 +27,7 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,7 @@ class Event:
     colour: str | None    # of a car, bus or truck
     from_left: bool       # side that the object comes from
     companion: str | None  # class of the second object, if it is really there
+    drawn: bool = True    # False in a twin: everything moves as if its object were there, but it is not
 
     @property
     def name(self):
@@ -96,15 +98,20 @@ class Script:
     events: tuple[Event, ...]
 
     @property
+    def shown(self):
+        """The events whose object is drawn: all, but in twins."""
+        return [event for event in self.events if event.drawn]
+
+    @property
     def present(self):
         """Names of the classes that the clip shows, in the order of CLASSES."""
-        seen = {event.name for event in self.events} | {event.companion for event in self.events}
+        seen = {event.name for event in self.shown} | {event.companion for event in self.events}
         return [name for name in CLASSES if name in seen]
 
     @property
     def order(self):
         """The events' classes in the order of time; each is out of sight before the next appears."""
-        return [event.name for event in self.events]
+        return [event.name for event in self.shown]
 
     def things(self, number, s):
         """The objects at the share s, 0 <= s < 1, of the time of event `number`; always in the same order."""
@@ -287,7 +294,7 @@ def things_at(event, s):
         out = [Thing("truck", x, between(((0, 11), (0.5, 9), (1, 13)), s), 2.6, 3.2, 0, event.colour)]
     if event.companion == "person" and 0.3 <= s < 0.98:
         out.append(walker(event, s, 0.3, 0.98))
-    return out
+    return out if event.drawn else out[1:]
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
@@ -691,6 +698,8 @@ def event_facts(script):
     """One dict per event: what it shows, from which side, in which colour or states of a light, and when."""
     seen, facts = visible_things(script), []
     for number, event in enumerate(script.events):
+        if not event.drawn:
+            continue
         side = FIXED_SIDES.get(event.kind)
         if event.kind in SIDED:
             side = "left" if event.from_left else "right"
@@ -705,7 +714,7 @@ def event_facts(script):
 def traps_of(script):
     """One dict per event in whose context training captions invent a class: is that class really there?"""
     return [{"context": event.kind, "class": COMPANION[event.kind], "there": event.companion is not None}
-            for event in script.events if event.kind in COMPANION]
+            for event in script.shown if event.kind in COMPANION]
 
 
 def truth_of(clip):
@@ -724,8 +733,8 @@ def truth_of(clip):
         "present": script.present,
         "order": script.order,
         "seen": times,
-        "events": [event.kind for event in script.events],
-        "companions": [event.companion for event in script.events],
+        "events": [event.kind for event in script.shown],
+        "companions": [event.companion for event in script.shown],
         "traps": traps_of(script),
         "facts": event_facts(script),
         **exact_facts(script),
@@ -739,7 +748,7 @@ def truth_of(clip):
 def actions_of(script):
     """class -> the verbs by which any wording of its events says what it does, as stage3/mentions.py reads them."""
     actions = {}
-    for event in script.events:
+    for event in script.shown:
         texts = [what + so for what in WHAT[event.kind] for so in SO[event.kind]] + list(SHORT[event.kind])
         if event.companion:
             texts += [*WHILE[event.companion], SHORT_WHILE[event.companion]]
@@ -790,20 +799,53 @@ def held_out_names(num_clips, all_held_out=False):
     return {entry.video for entry in held_out}
 
 
-def make_one(index, seed, held_out, folder, all_held_out):
-    """Render and write one clip; returns its row, raw row and truth."""
+def twins_of(script):
+    """[(class that the twin lacks, the twin's script), ...]: one twin without each companion that is there, and one
+    without the object of an event that has no companion, chosen by the script's seed, if there is one.
+
+    Everything else of a twin is as in the clip: the camera brakes for the light that is not drawn.
+    """
+    twins, alone = [], []
+    for index, event in enumerate(script.events):
+        lacking = replace(event, companion=None) if event.companion else replace(event, drawn=False)
+        twin = replace(script, events=(*script.events[:index], lacking, *script.events[index + 1:]))
+        if event.companion:
+            twins.append((event.companion, twin))
+        else:
+            alone.append((event.name, twin))
+    if alone:
+        twins.append(alone[np.random.default_rng([*script.seed, 13]).integers(len(alone))])
+    return twins
+
+
+def make_twins(script, name, folder):
+    """Render and write the twins of the clip `name`; returns their rows of twins.json and {twin: its truth}."""
+    rows, truth = [], {}
+    for lacks, twin in twins_of(script):
+        video = f"{Path(name).stem}_no_{lacks.replace(' ', '_')}.mp4"
+        clip = render(twin)
+        write_video(folder / video, clip.frames)
+        truth[video] = truth_of(clip)
+        in_trap = lacks in {trap["class"] for trap in truth[video]["traps"]}
+        rows.append({"video": video, "of": name, "lacks": lacks, "in_trap": in_trap})
+    return rows, truth
+
+
+def make_one(index, seed, held_out, folder, all_held_out, twins):
+    """Render and write one clip and its twins; returns its row, raw row, {clip: truth} and rows of twins.json."""
     name = clip_name(index, all_held_out)
     clip = make_clip((seed, index), name in held_out)
     write_video(folder / name, clip.frames)
     row = {"video": name, **captions_of(clip.script, lies=name not in held_out)}
     raw = {"video": name, "q": "Describe the video in detail.", "a": raw_caption(clip.script)}
-    return row, raw, truth_of(clip)
+    twin_rows, twin_truth = make_twins(clip.script, name, folder) if twins and name in held_out else ([], {})
+    return row, raw, {name: truth_of(clip), **twin_truth}, twin_rows
 
 
-def make_world(output_dir, num_clips=400, seed=42, all_held_out=False, workers=None, say=print):
+def make_world(output_dir, num_clips=400, seed=42, all_held_out=False, twins=False, workers=None, say=print):
     """Write the data set, unless a finished one with the same settings exists. Returns its folder."""
     output_dir = Path(output_dir)
-    settings = {"num_clips": num_clips, "seed": seed, "all_held_out": all_held_out, "version": 7}
+    settings = {"num_clips": num_clips, "seed": seed, "all_held_out": all_held_out, "twins": twins, "version": 7}
     stamp = output_dir / "world.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         say(f"{output_dir} is complete: {num_clips} clips")
@@ -814,18 +856,19 @@ def make_world(output_dir, num_clips=400, seed=42, all_held_out=False, workers=N
     for old in videos.iterdir():  # clips made with other settings, or left by a run that was stopped
         old.unlink()
     held_out = held_out_names(num_clips, all_held_out)
-    work = partial(make_one, seed=seed, held_out=held_out, folder=videos, all_held_out=all_held_out)
-    rows, raws, truth = [], [], {}
+    work = partial(make_one, seed=seed, held_out=held_out, folder=videos, all_held_out=all_held_out, twins=twins)
+    rows, raws, truth, twin_rows = [], [], {}, []
     workers = workers or min(cpu_count(), 8)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes that start now: Ctrl-C is this one's
     drawn = pool.map(work, range(num_clips), chunksize=4)
     signal.signal(signal.SIGINT, handler)
     try:
-        for row, raw, facts in drawn:
+        for row, raw, facts, lacking in drawn:
             rows.append(row)
             raws.append(raw)
-            truth[row["video"]] = facts
+            truth |= facts
+            twin_rows += lacking
             if len(rows) % 100 == 0:
                 say(f"drawn {len(rows)} of {num_clips} clips")
     finally:
@@ -833,8 +876,12 @@ def make_world(output_dir, num_clips=400, seed=42, all_held_out=False, workers=N
     write_json(output_dir / "captions.json", rows, indent=1)
     write_json(output_dir / "raw_captions.json", raws, indent=1)
     write_json(output_dir / "truth.json", truth, indent=1)
+    (output_dir / "twins.json").unlink(missing_ok=True)
+    if twins:
+        write_json(output_dir / "twins.json", twin_rows, indent=1)
     write_json(stamp, settings, indent=1)
-    say(f"{output_dir}: {num_clips} clips, {len(held_out)} of them held out")
+    say(f"{output_dir}: {num_clips} clips, {len(held_out)} of them held out"
+        + (f", and {len(twin_rows)} twins" if twins else ""))
     return output_dir
 
 
@@ -845,13 +892,15 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=42, help="decides everything in the world")
     parser.add_argument("--held_out", "--held-out", choices=("true", "false"), default="false",
                         help="true: all clips are held-out clips, under names of their own")
+    parser.add_argument("--twins", choices=("true", "false"), default="false",
+                        help="true: also the held-out clips without one of their objects, and twins.json")
     args = parser.parse_args(argv)
     all_held_out = args.held_out == "true"
     least = 1 if all_held_out else NUM_HELD_OUT + 1
     if args.num_clips < least:
         parser.error(f"--num_clips must be at least {least}; of a training world's clips {NUM_HELD_OUT} are held out")
     cv2.setNumThreads(1)
-    make_world(args.output_dir, args.num_clips, args.seed, all_held_out)
+    make_world(args.output_dir, args.num_clips, args.seed, all_held_out, args.twins == "true")
     return 0
 
 

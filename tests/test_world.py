@@ -156,7 +156,7 @@ def test_the_clips_that_the_split_holds_out_are_drawn_as_held_out(small_world):
 
 def test_a_world_of_an_earlier_version_is_drawn_again(tmp_path, monkeypatch):
     """Its clips were drawn for another split: held-out combinations would be in the training data."""
-    settings = {"num_clips": NUM_CLIPS, "seed": 42, "all_held_out": False, "version": 6}
+    settings = {"num_clips": NUM_CLIPS, "seed": 42, "all_held_out": False, "twins": False, "version": 6}
     (tmp_path / "world.json").write_text(json.dumps(settings))
     monkeypatch.setattr(world, "held_out_names", lambda *settings: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
@@ -192,6 +192,59 @@ def test_traps_say_in_which_events_a_companion_is_there(small_world):
     for facts in read(small_world, "truth.json").values():
         assert len(facts["traps"]) == sum(kind in world.COMPANION for kind in facts["events"])
         assert all(trap["there"] == (trap["class"] in facts["present"]) for trap in facts["traps"])
+
+
+def event(kind, companion=None, drawn=True, start=0.0, end=1.0):
+    return world.Event(kind, start, end, "red", True, companion, drawn)
+
+
+def test_a_twin_lacks_one_class_and_nothing_else(monkeypatch):
+    """Its pixels are those of the clip drawn without that class; the others keep their boxes; all truth lacks it."""
+    lacking = set()
+    for index in range(12):
+        clip = world.make_clip((98, index), held_out=True)
+        for lacks, script in world.twins_of(clip.script):
+            twin = world.render(script)
+            assert set(clip.script.present) - set(script.present) == {lacks}
+            for there, left in zip(clip.boxes, twin.boxes, strict=True):
+                assert [box for box in there if box.name != lacks] == left
+            with monkeypatch.context() as patch:
+                patch.setitem(world.DRAW, lacks, lambda pen, thing, night: None)
+                undrawn = world.render(clip.script).frames
+            assert np.array_equal(twin.frames, undrawn) and not np.array_equal(twin.frames, clip.frames)
+            facts = world.truth_of(twin)
+            assert lacks not in {*facts["present"], *facts["order"], *facts["seen"], *facts["actions"],
+                                 *facts["counts"], *facts["motion"], *facts["sides"], *facts["companions"]}
+            assert len(facts["events"]) == len(facts["facts"]) and lacks not in [f["class"] for f in facts["facts"]]
+            lacking.add(lacks)
+    assert len(lacking) > 4
+
+
+def test_twins_worked_out_by_hand():
+    first, second = event("stop_sign", "person", end=0.5), event("car_turns", start=0.5)
+    twins = dict(world.twins_of(world.Script((1,), False, True, (first, second))))
+    assert twins["person"].events == (event("stop_sign", end=0.5), second)
+    assert twins["car"].events == (first, event("car_turns", drawn=False, start=0.5))
+    assert twins["car"].present == ["person", "stop sign"] and twins["car"].order == ["stop sign"]
+    alone = world.twins_of(world.Script((1,), False, True, (first,)))
+    assert [lacks for lacks, _ in alone] == ["person"]
+
+
+def test_twins_are_written_beside_their_clips(tmp_path):
+    world.make_world(tmp_path, 16, seed=7, all_held_out=True, twins=True, say=lambda text: None)
+    truth, rows = read(tmp_path, "truth.json"), read(tmp_path, "twins.json")
+    captioned = [row["video"] for row in read(tmp_path, "captions.json")]
+    assert {row["of"] for row in rows} == set(captioned) and len(captioned) == 16
+    assert {path.name for path in (tmp_path / "videos").iterdir()} == {*captioned, *(row["video"] for row in rows)}
+    assert set(truth) == {*captioned, *(row["video"] for row in rows)}
+    for row in rows:
+        there, left = set(truth[row["of"]]["present"]), set(truth[row["video"]]["present"])
+        assert there - left == {row["lacks"]} and left < there
+        companions = truth[row["of"]]["companions"]
+        assert row["in_trap"] == (row["lacks"] in companions)
+    assert {row["in_trap"] for row in rows} == {True, False}
+    world.make_world(tmp_path, 16, seed=7, all_held_out=True, say=lambda text: None)
+    assert not (tmp_path / "twins.json").exists() and len(list((tmp_path / "videos").iterdir())) == 16
 
 
 def exact(*events, night=False):
