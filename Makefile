@@ -14,7 +14,7 @@ help:
 	@echo "make venv         .venv with all that requirements.txt names (the other targets do this too)"
 	@echo "make test         all tests (about 4 minutes on 2 cores)"
 	@echo "make test-slow    long runs that watch memory and files (about 3 minutes)"
-	@echo "make results      the demo plus what takes longer: several seeds, sampled answers, the control"
+	@echo "make results      the demo plus all that a claim rests on: docs/results.md (hours; resumes)"
 	@echo "make base-models  build what is missing in demo/base/ from the toy world (tens of minutes)"
 	@echo "make lint         ruff"
 	@echo "make clean        remove output/demo"
@@ -36,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m demo.run
 
 results: $(STAMP)
-	@$(BIN)/python -m demo.run --results
+	@$(BIN)/python -m demo.results
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10

@@ -14,8 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from demo import results, results_page
 from demo import run as demo
 from demo.pictures import readme_table
+from training.common import load_config
+from training.config import (
+    CheckConfig,
+    DetectConfig,
+    EvaluateConfig,
+    Stage1Config,
+    Stage2Config,
+    Stage3Config,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITE = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True, exist_ok=True); " \
@@ -86,18 +96,83 @@ def test_the_demo_runs_every_script_on_its_demo_config():
     assert "--nproc_per_node 2" in commands[3]
 
 
-def test_summary_of_seeds_gives_mean_and_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "OUT", tmp_path)
-    for seed, value in ((1, 0.2), (2, 0.4)):
-        block = dict.fromkeys(("f1_micro", "recall", "chair_i", "chair_s", "ended"), value)
-        for kind in ("greedy", "sampled"):
-            folder = tmp_path / "results" / f"seed{seed}" / kind
-            folder.mkdir(parents=True)
-            system = {"microscope": block, "copilot": block}
-            (folder / "metrics.json").write_text(json.dumps({"systems": {"stage3": system}}))
-    table = demo.summarise([1, 2])
-    assert "| greedy | stage3 | microscope | 0.30 ± 0.14 |" in table
-    assert "| sampled | stage3 | copilot |" in table
+PROGRAMS = {"train_stage1_ddp.py": Stage1Config, "train_stage2.py": Stage2Config, "train_stage3.py": Stage3Config,
+            "evaluate.py": EvaluateConfig, "check_dataset.py": CheckConfig, "stage3.detect_objects": DetectConfig}
+
+
+@pytest.mark.parametrize("part", results.all_parts(), ids=lambda part: part.name)
+def test_every_command_of_the_results_is_understood(part):
+    """Its flags, by the program itself; what a part needs comes before it."""
+    parts = results.all_parts()
+    names = [other.name for other in parts]
+    assert names.count(part.name) == 1
+    assert all(names.index(needed) < names.index(part.name) for needed in part.needs)
+    assert sum(other.folder == part.folder for other in parts) == 1
+    for program, cls in PROGRAMS.items():
+        if program in part.command:
+            flags = part.command[part.command.index(program) + 1 :]
+            written = Path(flags[flags.index("--config") + 1])
+            if demo.OUT in written.parents:  # by a part before it, from the demo's own
+                flags[flags.index("--config") + 1] = "configs/demo/stage3.yaml"
+            load_config(cls, flags)  # a flag that does not exist, or a value that cannot work, ends here
+
+
+def test_parts_depend_on_what_they_need_alone(parts):
+    third = demo.Part("c", "part c", ["c"], parts[0].folder, 1, needs=("a",))
+    before = demo.marks_of([*parts, third])
+    parts[1].command.append("--other")
+    after = demo.marks_of([*parts, third])
+    assert before["b"] != after["b"] and before["c"] == after["c"] and before["a"] == after["a"]
+    parts[0].command.append("--other")
+    assert demo.marks_of([*parts, third])["c"] != after["c"]
+
+
+def metrics_of_a_run(systems, value):
+    keys = [*results_page.COLUMNS, "order"]
+    block = dict.fromkeys(keys, value) | {"interval": {key: [value - 0.1, value + 0.1] for key in keys}}
+    block |= {"mentions": 3, "claims": 3, "traps_there": 3, "traps_absent": 3, "nll_tokens": 3, "order_pairs": 0}
+    modes = {"microscope": block, "copilot": block}
+    change = {key: [0.1, -0.2, 0.3] for key in keys} | {"recall": [-0.2, -0.3, -0.1]}
+    pairs = [{"before": name, "after": "stage3", "microscope": change, "copilot": change} for name in systems]
+    systems = dict.fromkeys(systems, modes)
+    return {"systems": systems, "differences": pairs, "agreed": {"systems": systems}}
+
+
+def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, monkeypatch):
+    for module in (demo, results, results_page):
+        monkeypatch.setattr(module, "OUT", tmp_path)
+    for module in (results, results_page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results_page, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+
+    def put(name, *run):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics_of_a_run(*run)))
+
+    names = list(results_page.SYSTEMS)
+    put("seed42/table", names, 0.2)
+    put("seed1/table", names, 0.4)
+    page = results_page.write_page([42, 1, 2]).read_text()
+    assert "Not run yet: the table of seed 2, look, ablations, faults, over." in page
+    assert "0.30 (0.20–0.40)" in page  # mean and range of the two seeds
+    assert "| recall | **-0.200 [-0.300, -0.100]** | **-0.200 [-0.300, -0.100]** |" in page  # worse in both
+    assert "| CHAIRi | +0.100 [-0.200, +0.300] |" in page
+    put("faults", ["stage2", *(f"dose{dose}" for dose in (0, 5, 15, 30)), "blind_person"], 0.1)
+    put("ablations", ["stage2", "stage3"], 0.1)
+    put("look", ["prior", "stage1", "stage2", "stage3", "blank", "stage3/blank"], 0.1)
+    put("over", ["stage2", *(f"step{step}" for step in range(35, 281, 35))], 0.1)
+    log = [{"step": step, "kl": 0.1, "eval_reward_microscope": 0.5 - abs(step - 70) / 100, "eval_reward_copilot": 0.5,
+            "eval_gap_swapped_copilot": 0.25} for step in range(0, 281, 35)]
+    for folder in (tmp_path / "stage3", results.folder_of(42, "over")):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    page = results_page.write_page([42, 1]).read_text()
+    assert "Not run yet" not in page and "highest at step 70" in page and "| 35 | 0.250 |" in page
+    for figure in ("tradeoff", "faults", "over"):
+        assert (tmp_path / "docs" / f"results_{figure}.png").stat().st_size > 5000
+    assert "| order" not in page.split("## Placebos")[1]
 
 
 def test_the_readme_table_shows_a_dash_where_a_number_means_nothing():
@@ -144,7 +219,7 @@ def test_ctrl_c_waits_until_the_part_has_saved_and_a_second_one_does_not(signals
         time.sleep(0.3)
     _, said = runner.communicate(timeout=30)
     assert runner.returncode == 130 and "Traceback" not in said
-    assert "Run make demo again: it continues here." in said
+    assert "Run the same command again: it continues here." in said
     assert (tmp_path / "saved").exists() == saved
     assert json.loads((tmp_path / "out" / ".done" / "a.json").read_text())["seconds"] is None
 

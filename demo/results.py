@@ -1,0 +1,198 @@
+"""Everything that a claim of the README rests on, in the toy world: three seeds, the cheaper ways to use the same
+rollouts, placebos, each part of the reward taken out, a detector with faults, four times the steps; then the page.
+
+    make results     (python -m demo.results)         hours on 2 cores
+    python -m demo.results --list                     the parts, and which of them are done
+    python -m demo.results --seeds 42 --only table    some of it
+
+All systems answer about the same 300 fresh clips, which no run has trained on or chosen anything by. Interrupt and
+rerun it: a finished part is not run again (see demo/run.py), an interrupted one continues. The last step writes
+docs/results.md and its figures from the metrics.json files (demo/results_page.py).
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from demo.run import OUT, PYTHON, ROOT, TORCHRUN, Part, clock, demo_parts, marks_of, run_parts, seconds_taken
+
+C = "configs/demo"
+RESULTS = OUT / "results"
+DEMO_SEED = 42  # the demo's own run
+SEEDS = (42, 1, 2)
+FRESH_CLIPS, FRESH_SEED = 300, 7
+LONGER_STEPS = 440  # stage 2's 180 steps and as many more as take the time of stage 3
+STAGE3_STEPS, OVER_STEPS, OVER_EVERY = 70, 280, 35
+DOSES = (5, 15, 30)  # percent
+CONTROLS = ["blank", "swapped", "middle", "shuffled", "reversed", "dark"]
+# {name: flags of train_stage3.py}: what else can be made of the same number of rollouts
+BASELINES = {
+    "raft": ["--objective", "raft", "--learning_rate", "2e-3"],
+    "dpo": ["--objective", "dpo", "--sample_from", "reference", "--learning_rate", "5e-4"],
+}
+PLACEBOS = {
+    "style only": ["--reward", "bench.placebo_rewards:style_alone", "--stop_when_blind", "none"],
+}
+PARTS_OF_REWARD = ("objects", "temporal", "detail", "hallucination")
+EVALUATE = [PYTHON, "evaluate.py", "--config", f"{C}/stage3.yaml", "--data", f"{OUT}/world/captions.json", "--val_data",
+            f"{OUT}/fresh/captions.json", "--video_root", f"{OUT}/fresh/videos", "--truth", f"{OUT}/fresh/truth.json"]
+
+
+def folder_of(seed: int, name: str) -> Path:
+    """Where a seed's run is: the demo's own stages are not trained again."""
+    if seed == DEMO_SEED and name in ("stage1", "stage2", "stage3"):
+        return OUT / name
+    return RESULTS / f"seed{seed}" / name
+
+
+def training(seed: int, name: str, title: str, flags: list[str], needs: tuple[str, ...], seconds: float,
+             script: str = "train_stage3.py", config: str = f"{C}/stage3.yaml") -> Part:
+    """A run of stage 2 or 3 from the seed's stage before."""
+    before = "stage1" if script == "train_stage2.py" else "stage2"
+    folder = folder_of(seed, name)
+    command = [PYTHON, script, "--config", config, "--init_from", str(folder_of(seed, before)), "--output_dir",
+               str(folder), "--seed", str(seed), *flags]
+    return Part(f"{seed}-{name}", f"Seed {seed}: {title}", command, folder, seconds, trains=True, needs=needs)
+
+
+def part_name(seed: int, name: str) -> str:
+    return name if folder_of(seed, name) == OUT / name else f"{seed}-{name}"
+
+
+def evaluation(name: str, title: str, systems: dict[str, Path], flags: list[str], needs: list[str], rows: int) -> Part:
+    """One evaluate.py on the fresh clips. `rows`: systems that answer, for the estimate of time."""
+    command = [*EVALUATE, "--output_dir", str(RESULTS / name), "--checkpoint",
+               *(f"{system}={folder}" for system, folder in systems.items()), *flags]
+    return Part(f"eval-{name}", title, command, RESULTS / name, 45.0 * rows, needs=("fresh", *needs))
+
+
+def seed_parts(seed: int) -> list[Part]:
+    """A seed's stages, its baselines, and the table of both."""
+    parts, longer = [], ["--max_steps", str(LONGER_STEPS)]
+    stage1, stage2, stage3 = (part_name(seed, name) for name in ("stage1", "stage2", "stage3"))
+    if seed != DEMO_SEED:
+        parts.append(Part(stage1, f"Seed {seed}: stage 1",
+                          [*TORCHRUN, "train_stage1_ddp.py", "--config", f"{C}/stage1.yaml", "--output_dir",
+                           str(folder_of(seed, "stage1")), "--seed", str(seed)],
+                          folder_of(seed, "stage1"), 58, trains=True, needs=("check",)))
+        parts.append(training(seed, "stage2", "stage 2", [], (stage1,), 124, "train_stage2.py", f"{C}/stage2.yaml"))
+        parts.append(training(seed, "stage3", "stage 3", [], (stage2, "detect"), 178))
+    parts.append(training(seed, "longer", "stage 2 for as long as stages 2 and 3 take", longer, (stage1,), 300,
+                          "train_stage2.py", f"{C}/stage2.yaml"))
+    for name, flags in BASELINES.items():
+        parts.append(training(seed, name, f"{name} instead of GRPO", flags, (stage2, "detect"), 178))
+    names = ["stage2", "longer", *BASELINES, "stage3"]
+    systems = {name: folder_of(seed, name) for name in names}
+    pairs = [f"{name}:stage3" for name in ("stage2", "longer", "best-of-8", *BASELINES)]
+    parts.append(evaluation(f"seed{seed}/table", f"Seed {seed}: all of them on {FRESH_CLIPS} fresh clips", systems,
+                            ["--best_of", "8", "--best_of_checkpoint", "stage2", "--compare", *pairs],
+                            [part_name(seed, name) for name in names], len(names) + 9))
+    return parts
+
+
+def table_parts(seeds) -> list[Part]:
+    parts = []
+    for seed in seeds:
+        parts += seed_parts(seed)
+    return parts
+
+
+def look_parts() -> list[Part]:
+    """Does it look? Controls of every stage, questions, twins."""
+    systems = {name: OUT / name for name in ("stage1", "stage2", "stage3")}
+    flags = ["--controls", *CONTROLS, "--probes", "true", "--twins", f"{OUT}/fresh/twins.json"]
+    return [evaluation("look", "Controls, questions and twins of each stage", systems, flags, list(systems), 28)]
+
+
+def ablation_parts() -> list[Part]:
+    """Placebos, and each part of the reward removed."""
+    parts, weights = [], {"objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15}
+    runs = {name: flags for name, flags in PLACEBOS.items()}
+    for removed in PARTS_OF_REWARD:
+        flags = []
+        for part, weight in weights.items():
+            flags += [f"--reward_weights.{part}", "0.0" if part == removed else str(weight)]
+        runs[f"without {removed}"] = flags
+    for name, flags in runs.items():
+        parts.append(training(DEMO_SEED, name.replace(" ", "_"), name, flags, ("stage2", "detect"), 178))
+    systems = {"stage2": OUT / "stage2", "stage3": OUT / "stage3"}
+    systems |= {name.replace(" ", "_"): folder_of(DEMO_SEED, name.replace(" ", "_")) for name in runs}
+    parts.append(evaluation("ablations", "Placebos, and parts of the reward removed", systems, [],
+                            ["stage2", "stage3", *(part.name for part in parts)], len(systems) + 3))
+    return parts
+
+
+def fault_parts() -> list[Part]:
+    """A detector with faults, in doses; one that is blind to people; a class left out of the reward."""
+    parts, systems = [], {"stage2": OUT / "stage2", "dose0": OUT / "stage3"}
+    faults = {f"dose{dose}": ["--dose", str(dose / 100)] for dose in DOSES}
+    faults |= {"blind_person": ["--blind", "person"], "leave_out_person": ["--leave_out", "person"],
+               "leave_out_car": ["--leave_out", "car"]}
+    for name, flags in faults.items():
+        folder = RESULTS / "faults" / name
+        parts.append(Part(f"faults-{name}", f"Evidence with faults: {name}",
+                          [PYTHON, "-m", "demo.detector_faults", *flags, "--output_dir", str(folder)], folder, 8,
+                          needs=("detect",)))
+        parts.append(training(DEMO_SEED, name, f"stage 3 with this evidence: {name}", [],
+                              ("stage2", f"faults-{name}"), 178, config=str(folder / "stage3.yaml")))
+        systems[name] = folder_of(DEMO_SEED, name)
+    parts.append(evaluation("faults", "Stage 3 by a detector with faults", systems, [],
+                            ["stage2", "stage3", *(part.name for part in parts)], len(systems) + 3))
+    return parts
+
+
+def over_parts() -> list[Part]:
+    """Four times the steps: where does it stop being better?"""
+    steps = ["--max_steps", str(OVER_STEPS), "--eval_every", str(OVER_EVERY), "--save_every", str(OVER_EVERY),
+             "--keep_checkpoints", "99", "--keep_best", "true", "--stop_when_blind", "none", "--max_kl", "none"]
+    run = training(DEMO_SEED, "over", "four times the steps of stage 3", steps, ("stage2", "detect"), 720)
+    systems = {"stage2": OUT / "stage2"}
+    for step in range(OVER_EVERY, OVER_STEPS + 1, OVER_EVERY):
+        systems[f"step{step}"] = run.folder / "checkpoints" / f"step-{step:06d}"
+    judge = ["--second_judge.weights", f"{OUT}/detector/detector.pt", "--second_judge.image_size", "416",
+             "--second_judge.num_frames", "11"]
+    return [run, evaluation("over", "Every checkpoint of it", systems, judge, ["stage2", run.name], len(systems) + 3)]
+
+
+def fresh_parts() -> list[Part]:
+    folder = OUT / "fresh"
+    return [Part("fresh", f"{FRESH_CLIPS} fresh clips, and twins that lack an object",
+                 [PYTHON, "-m", "demo.world", "--output_dir", str(folder), "--num_clips", str(FRESH_CLIPS), "--seed",
+                  str(FRESH_SEED), "--held_out", "true", "--twins", "true"], folder, 30, needs=("world",))]
+
+
+GROUPS = {"table": table_parts, "look": look_parts, "ablations": ablation_parts, "faults": fault_parts,
+          "over": over_parts}
+
+
+def all_parts(seeds=SEEDS, only=tuple(GROUPS)) -> list[Part]:
+    """Every part in the order in which it is run: the demo's first, then fresh clips, then the groups."""
+    parts = [*demo_parts(), *fresh_parts()]
+    for name in only:
+        parts += GROUPS[name](seeds) if name == "table" else GROUPS[name]()
+    return parts
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.results", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the table (42: the demo's)")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of runs, default: all")
+    parser.add_argument("--list", action="store_true", help="list the parts and whether they are done; run nothing")
+    args = parser.parse_args(argv)
+    os.chdir(ROOT)
+    parts = all_parts(args.seeds, args.only)
+    if args.list:
+        marks = marks_of(parts)
+        for part in parts:
+            taken = seconds_taken(part, marks[part.name])
+            print(f"{part.title:<70} {'about ' + clock(part.seconds) if taken is None else 'done in ' + clock(taken)}")
+        return
+    run_parts(parts)
+    from demo.results_page import write_page  # matplotlib only where it is needed
+
+    print(f"\nThe results: {write_page(args.seeds)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""docs/results.md and its figures, from what `make results` left in output/demo.
+
+    python -m demo.results_page            writes the page again; parts that were not run are left out, and named
+
+Every number comes from a metrics.json of evaluate.py or a metrics.jsonl of train_stage3.py; nothing is typed in.
+"""
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from demo.results import (
+    BASELINES,
+    CONTROLS,
+    DEMO_SEED,
+    DOSES,
+    FRESH_CLIPS,
+    OUT,
+    OVER_EVERY,
+    OVER_STEPS,
+    PARTS_OF_REWARD,
+    PLACEBOS,
+    RESULTS,
+    SEEDS,
+    all_parts,
+    folder_of,
+    marks_of,
+    seconds_taken,
+)
+from evaluation.scoring import METRICS
+from training.common import git_commit, read_jsonl, write_text
+
+DOCS = Path("docs")
+COLUMNS = {"words": "words", "recall": "recall", "trap_told": "companions told", "trap_invented": "invented",
+           "chair_i": "CHAIRi", "wrong_claims": "wrong claims", "nll": "NLL"}
+MODES = ("microscope", "copilot")
+BLUE, ORANGE, GREY = "#2563eb", "#d9480f", "#98a2b3"
+
+
+def read_metrics(name: str) -> dict | None:
+    file = RESULTS / name / "metrics.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def number(block: dict, key: str) -> str:
+    """The value with its interval, a dash where there is nothing that it is a share of."""
+    needs, digits = METRICS[key].needs, max(METRICS[key].decimals, 0 if key == "words" else 2)
+    if needs and not block.get(needs):
+        return "–"
+    low, high = block["interval"][key]
+    return f"{block[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def systems_table(metrics: dict, systems: list[str], mode: str, columns=COLUMNS) -> str:
+    """One run of evaluate.py: a row per system, each number with its interval over clips."""
+    rows = [[name, *(number(metrics["systems"][name][mode], key) for key in columns)]
+            for name in systems if name in metrics["systems"]]
+    return table([mode.capitalize(), *columns.values()], rows)
+
+
+# ---- the table of seeds ----------------------------------------------------------------------------------------------
+
+SYSTEMS = {"stage2": "stage 2", "longer": "stage 2, trained for as long as stages 2 and 3",
+           "best-of-8": "best of 8 answers of stage 2, by the reward",
+           **{name: f"{name.upper()}, same number of answers" for name in BASELINES}, "stage3": "**stage 3 (GRPO)**",
+           "reference": "held-out captions"}
+
+
+def over_seeds(runs: list[dict], system: str, mode: str, key: str) -> str:
+    """Mean over seeds, and from the lowest to the highest."""
+    blocks = [run["systems"][system][mode] for run in runs]
+    if METRICS[key].needs and not all(block.get(METRICS[key].needs) for block in blocks):
+        return "–"
+    values, digits = [block[key] for block in blocks], 0 if key == "words" else 2
+    spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def seeds_tables(runs: list[dict]) -> str:
+    text = ""
+    for mode in MODES:
+        rows = [[title, *(over_seeds(runs, name, mode, key) for key in COLUMNS)]
+                for name, title in SYSTEMS.items() if all(name in run["systems"] for run in runs)]
+        text += table([mode.capitalize(), *COLUMNS.values()], rows) + "\n"
+    return text
+
+
+def difference_rows(runs: list[dict], seeds, mode: str, before: str) -> list[list[str]]:
+    """Change from `before` to stage 3 in each seed, paired over clips."""
+    rows = []
+    for key, title in COLUMNS.items():
+        cells = []
+        for run in runs:
+            [pair] = [pair for pair in run["differences"] if (pair["before"], pair["after"]) == (before, "stage3")]
+            change, low, high = pair[mode][key]
+            digits = 1 if key == "words" else 3
+            text = f"{change:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            cells.append(f"**{text}**" if low > 0 or high < 0 else text)
+        rows.append([title, *cells])
+    return rows
+
+
+def differences_section(runs: list[dict], seeds) -> str:
+    text = ("### Paired differences\n\nStage 3 minus another system, each seed by itself, with the 95% interval over "
+            "clips; bold where it leaves out 0.\n\n")
+    for before in ("stage2", "best-of-8", *BASELINES):
+        for mode in MODES:
+            head = [f"{mode.capitalize()}: stage 3 − {before}", *(f"seed {seed}" for seed in seeds)]
+            text += table(head, difference_rows(runs, seeds, mode, before)) + "\n"
+    return text
+
+
+def draw_tradeoff(runs: list[dict], file: Path) -> None:
+    """What is told of the companions that are there, against what is invented of those that are not."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharex=True, sharey=True)
+    for axis, mode in zip(axes, MODES, strict=True):
+        for name, marker in zip(SYSTEMS, "os^Dv*P", strict=False):
+            blocks = [run["systems"][name][mode] for run in runs if name in run["systems"]]
+            if blocks:
+                colour = BLUE if name == "stage3" else ORANGE if name == "stage2" else GREY
+                axis.scatter([block["trap_invented"] for block in blocks], [block["trap_told"] for block in blocks],
+                             marker=marker, s=70, color=colour, label=name, alpha=0.85, edgecolor="white")
+        axis.set(title=mode.capitalize(), xlabel="companions invented (of those not there)", xlim=(-0.04, 1.04),
+                 ylim=(-0.04, 1.04))
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("companions told (of those there)")
+    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def table_section(seeds, done: list[int]) -> str:
+    runs = [read_metrics(f"seed{seed}/table") for seed in done]
+    draw_tradeoff(runs, DOCS / "results_tradeoff.png")
+    return f"""## Does reinforcement learning help, and does it beat the cheaper ways?
+
+Seeds {', '.join(map(str, done))}; mean over seeds, in brackets the lowest and the highest. Every baseline takes the
+same seed's stage 2 and as many answers of it, or of its own, as stage 3 takes ({STAGE3_ANSWERS}).
+
+{seeds_tables(runs)}
+![companions told against invented](results_tradeoff.png)
+
+{differences_section(runs, done)}"""
+
+
+STAGE3_ANSWERS = "70 steps of 6 prompts with 8 answers each"
+
+
+# ---- the other groups ------------------------------------------------------------------------------------------------
+
+
+def look_section(metrics: dict) -> str:
+    columns = {"recall": "recall", "trap_told": "companions told", "trap_invented": "invented", "chair_i": "CHAIRi",
+               "wrong_claims": "wrong claims", "order": "order of events"}
+    text = "## Does it look at the video?\n\nSeed 42. Each stage, shown the clip and changed clips.\n\n"
+    for mode in MODES:
+        names = ["prior"]
+        for stage in ("stage1", "stage2", "stage3"):
+            names += [stage, *(how if stage == "stage2" else f"{stage}/{how}" for how in CONTROLS)]
+        text += systems_table(metrics, names, mode, columns) + "\n"
+    return text + watching(read_jsonl(OUT / "stage3" / "metrics.jsonl"))
+
+
+def watching(log: list[dict]) -> str:
+    """The lead of the own clip over another clip and over grey frames, during stage 3."""
+    keys = sorted({key for row in log for key in row if key.startswith("eval_gap_")})
+    rows = [row for row in log if all(key in row for key in keys)] if keys else []
+    if not rows:
+        return ""
+    return ("During stage 3, how much more an answer to the own clip is paid than an answer to another clip or to grey "
+            "frames (held-out clips):\n\n" + table(["step", *keys], [
+                [str(row["step"]), *(f"{row[key]:.3f}" for key in keys)] for row in rows]) + "\n")
+
+
+def ablations_section(metrics: dict) -> str:
+    names = ["stage2", "stage3", *(name.replace(" ", "_") for name in PLACEBOS),
+             *(f"without_{part}" for part in PARTS_OF_REWARD)]
+    text = "## Placebos, and each part of the reward removed\n\nSeed 42.\n\n"
+    return text + "\n".join(systems_table(metrics, names, mode) for mode in MODES) + "\n"
+
+
+def faults_section(metrics: dict) -> str:
+    names = ["stage2", "dose0", *(f"dose{dose}" for dose in DOSES), "blind_person", "leave_out_person", "leave_out_car"]
+    draw_faults(metrics, DOCS / "results_faults.png")
+    text = ("## A detector with faults\n\nSeed 42. At dose d, each object is missed, each bus or truck confused and a "
+            "false object added to a clip with probability d (`demo/detector_faults.py`).\n\n"
+            "![dose curve](results_faults.png)\n\n")
+    return text + "\n".join(systems_table(metrics, names, mode) for mode in MODES) + "\n"
+
+
+def draw_faults(metrics: dict, file: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharex=True)
+    doses = [0, *DOSES]
+    for axis, key in zip(axes, ("chair_i", "trap_told", "wrong_claims"), strict=True):
+        for mode, colour in zip(MODES, (BLUE, ORANGE), strict=True):
+            blocks = [metrics["systems"][f"dose{dose}"][mode] for dose in doses]
+            draw_line(axis, doses, blocks, key, colour, mode)
+            axis.axhline(metrics["systems"]["stage2"][mode][key], color=colour, linestyle=":", linewidth=1)
+        axis.set(title=COLUMNS[key], xlabel="dose, %", ylim=(-0.02, None))
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False, fontsize=8, title="dotted: stage 2", title_fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_line(axis, x, blocks: list[dict], key: str, colour: str, label: str) -> None:
+    low, high = zip(*(block["interval"][key] for block in blocks), strict=True)
+    axis.plot(x, [block[key] for block in blocks], "o-", color=colour, label=label, markersize=4)
+    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def over_section(metrics: dict) -> str:
+    steps = [0, *range(OVER_EVERY, OVER_STEPS + 1, OVER_EVERY)]
+    log = [row for row in read_jsonl(folder_of(DEMO_SEED, "over") / "metrics.jsonl") if "eval_reward_microscope" in row]
+    reward = {row["step"]: (row["eval_reward_microscope"] + row["eval_reward_copilot"]) / 2 for row in log}
+    best = max(reward, key=reward.get)
+    draw_over(metrics, steps, reward, best, DOCS / "results_over.png")
+    names = ["stage2", *(f"step{step}" for step in steps[1:])]
+    return f"""## Four times the steps
+
+Seed 42, {OVER_STEPS} steps instead of 70. The held-out reward is highest at step {best}, which `keep_best` keeps.
+
+![reward, truth, second judge, NLL and KL over the steps](results_over.png)
+
+{systems_table(metrics, names, "microscope")}
+{systems_table(metrics, names, "copilot")}
+"""
+
+
+def draw_over(metrics: dict, steps: list[int], reward: dict, best: int, file: Path) -> None:
+    names = ["stage2", *(f"step{step}" for step in steps[1:])]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
+    axes = axes.flatten()
+    axes[0].plot(list(reward), list(reward.values()), "o-", color="#111827", markersize=4)
+    axes[0].set_title("held-out reward, mean of the modes")
+    for mode, colour in zip(MODES, (BLUE, ORANGE), strict=True):
+        blocks = [metrics["systems"][name][mode] for name in names]
+        draw_line(axes[1], steps, blocks, "chair_i", colour, f"{mode}, truth")
+        judged = [metrics["agreed"]["systems"][name][mode]["chair_i"] for name in names]
+        axes[1].plot(steps, judged, "--", color=colour, linewidth=1, label=f"{mode}, truth and second judge")
+        draw_line(axes[2], steps, blocks, "recall", colour, mode)
+        draw_line(axes[3], steps, blocks, "nll", colour, f"{mode}, NLL under stage 2")
+    axes[1].set_title("CHAIRi")
+    axes[2].set_title("recall")
+    kl = [(row["step"], row["kl"]) for row in read_jsonl(folder_of(DEMO_SEED, "over") / "metrics.jsonl") if "kl" in row]
+    axes[3].plot(*zip(*kl, strict=True), color=GREY, linewidth=0.8, label="KL to stage 2")
+    axes[3].set_title("nats per token")
+    for axis in axes:
+        axis.axvline(best, color="#16a34a", linewidth=1, linestyle=":")
+        axis.grid(alpha=0.25)
+    axes[1].legend(frameon=False, fontsize=7)
+    axes[3].legend(frameon=False, fontsize=7)
+    axes[2].set_xlabel(f"step (dotted: best held-out reward, step {best})")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """Cores and processor, as the system names it."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines()
+                 if line.startswith("model name")]
+        model = f"{len(names)} cores of {names[0]}" if names else model
+    return model
+
+
+def spent(seeds) -> str:
+    """How long the parts took that are done."""
+    parts = all_parts(seeds)
+    marks = marks_of(parts)
+    seconds = [seconds_taken(part, marks[part.name]) for part in parts]
+    done = [value for value in seconds if value is not None]
+    return f"{len(done)} of {len(parts)} parts, {sum(done) / 3600:.1f} hours"
+
+
+def write_page(seeds=SEEDS) -> Path:
+    """Write docs/results.md from what is there; returns its path."""
+    done = [seed for seed in seeds if read_metrics(f"seed{seed}/table")]
+    sections, missing = [], []
+    if done:
+        sections.append(table_section(seeds, done))
+    if left := [str(seed) for seed in seeds if seed not in done]:
+        missing.append(f"the table of seed {', '.join(left)}")
+    for name, write in (("look", look_section), ("ablations", ablations_section), ("faults", faults_section),
+                        ("over", over_section)):
+        metrics = read_metrics(name)
+        if metrics is None:
+            missing.append(name)
+        else:
+            sections.append(write(metrics))
+    head = f"""# Results in the toy world
+
+`make results` on {machine()}, {time.strftime('%Y-%m-%d')}, commit {git_commit()[:10]}: {spent(seeds)}.
+{FRESH_CLIPS} fresh clips that no run was trained on; exact truth; greedy answers. Intervals are 95% bootstrap
+intervals over clips: they say what other clips might give, not what another training run might; that, the seeds say.
+The columns are explained in [evaluation.md](evaluation.md). A *companion* is what captions invent by context: a
+pedestrian at a red light, a car behind a bus.
+"""
+    if missing:
+        head += f"\n**Not run yet: {', '.join(missing)}.**\n"
+    path = DOCS / "results.md"
+    write_text(path, head + "\n" + "\n".join(sections))
+    return path
+
+
+if __name__ == "__main__":
+    print(write_page())
