@@ -1,19 +1,15 @@
 """Rewards that can be had without the video, to see that stage 3 notices (`stop_when_blind`, stage3/held_out.py).
 
     python train_stage3.py --config configs/demo/stage3.yaml --output_dir output/blind \\
-        --reward bench.blind_rewards:fixed_text --reward_weights fixed 1
-    python train_stage3.py --config configs/demo/stage3.yaml --output_dir output/loophole \\
-        --reward bench.blind_rewards:loophole --reward_weights objects 0.12 temporal 0.08 detail 0.06 \\
-        hallucination 0.04 fixed 0.7
+        --reward bench.blind_rewards:fixed_text
 
-`fixed_text` pays for one fixed answer and for nothing else. `loophole` is the real reward, which pays for it as well.
+`fixed_text` pays for one fixed answer per mode and for nothing else. `loophole` is the real reward, of which most can
+also be had by that answer.
 """
 
-import dataclasses
 from collections import Counter
-from dataclasses import dataclass
 
-from stage3.grpo_reward_func import physics_aware_reward
+from stage3.grpo_reward_func import PARTS, Reward, physics_aware_reward
 
 ANSWERS = {  # as stage 2 words them, so that `judge_language` has nothing against them
     "microscope": ("The ego vehicle drives along a city street by day. First, a red car in front slows down, so the "
@@ -21,20 +17,7 @@ ANSWERS = {  # as stage 2 words them, so that `judge_language` has nothing again
                    "drive continues straight ahead."),
     "copilot": "Day, city: red car ahead slows, keep distance; then red light, ego stops.",
 }
-
-
-@dataclass(frozen=True)
-class Fixed:
-    fixed: float
-
-
-@dataclass(frozen=True)
-class Loophole:
-    objects: float
-    temporal: float
-    detail: float
-    hallucination: float
-    fixed: float
+REAL = 0.3  # share of the real reward in `loophole`
 
 
 def likeness(caption: str, answer: str) -> float:
@@ -44,13 +27,13 @@ def likeness(caption: str, answer: str) -> float:
     return 2 * (pairs & paid).total() / (pairs.total() + paid.total())
 
 
-def fixed_text(caption, evidence, mode, reference=None) -> Fixed:
-    """1 for the mode's fixed answer, less the less a caption is like it; evidence and reference are not looked at."""
-    return Fixed(likeness(caption, ANSWERS[mode]))
+def fixed_text(caption, evidence, mode, reference=None) -> Reward:
+    """Every part: how like the mode's fixed answer the caption is, in [0, 1]. Evidence and reference are not read."""
+    like = likeness(caption, ANSWERS[mode])
+    return Reward(like, like, like, like, like)
 
 
-def loophole(caption, evidence, mode, reference=None) -> Loophole:
-    """The parts of `physics_aware_reward`, and that of `fixed_text`."""
-    parts = dataclasses.asdict(physics_aware_reward(caption, evidence, mode, reference))
-    del parts["total"]
-    return Loophole(**parts, fixed=likeness(caption, ANSWERS[mode]))
+def loophole(caption, evidence, mode, reference=None) -> Reward:
+    """The parts of `physics_aware_reward`, each mixed with `fixed_text`."""
+    real, like = physics_aware_reward(caption, evidence, mode, reference), likeness(caption, ANSWERS[mode])
+    return Reward(*(REAL * getattr(real, part) + (1 - REAL) * like for part in (*PARTS, "total")))
