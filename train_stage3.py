@@ -87,9 +87,9 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     first_step, state = loop.restore(checkpoint, optimizer, failed_clips, accelerator.device)
     sampler = RolloutSampler(config, accelerator, model, run.folder, evidence, reward, failed_clips)
     total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
-    run.print(f"stage 3 in {run.folder} on {accelerator.device} | {len(prompts)} prompts, {len(held_out)} held out | "
-              f"{total_steps} steps of {sampler.prompts_per_step} prompts x {config.num_generations} answers of the "
-              f"{config.sample_from}, {config.objective}")
+    run.print(f"stage 3 in {run.folder} on {accelerator.device} | {config.objective} | {len(prompts)} prompts, "
+              f"{len(held_out)} held out | {total_steps} steps of {sampler.prompts_per_step} prompts x "
+              f"{config.num_generations} answers of the {config.sample_from}")
     sampler.usual_nll = state.get("usual_nll") or usual_nll(config, model, sampler, prompts, run.print)
     evaluations = Evaluations(config, run, sampler, held_out, state)
     save = functools.partial(

@@ -189,7 +189,7 @@ def raft_loss(logps, mask, *, loss_type="dapo", max_completion_tokens=None, num_
     if logps.shape != mask.shape or logps.ndim != 2:
         raise ValueError(f"logps and mask must be [N, T], not {list(logps.shape)}, {list(mask.shape)}")
     mask = mask.bool()
-    logps = torch.where(mask, logps.to(torch.promote_types(logps.dtype, torch.float32)), 0.0)
+    logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     nll = log_difference(torch.zeros_like(logps), logps)  # [N, T]
     return mean_of_tokens(nll, mask, loss_type, max_completion_tokens, num_items), {"tokens": mask.sum()}
 

@@ -219,6 +219,32 @@ def test_statistics_of_a_step_are_means_over_tokens_and_inner_epochs(monkeypatch
     assert list(means) == ["kl", "clip", "clip_low", "clip_high", "entropy", "sampler_gap"] and means["entropy"] == 2.0
 
 
+def test_statistics_of_dpo_are_means_over_pairs(monkeypatch):
+    """One pair of Microscope with log-ratios 2 and -1, two of Copilot, fewer tokens, with 0 and 1, and with 1 and 0."""
+    ratios = torch.tensor([2.0, -1.0, 0.0, 1.0, 1.0, 0.0])
+    mask = torch.tensor([[True, True, True]] * 2 + [[True, False, False]] * 4)
+    ref = torch.where(mask, -1.0, 0.0)
+    logps = torch.where(mask, ref + (ratios / mask.sum(1))[:, None], 0.0).requires_grad_()
+    monkeypatch.setattr(stage3.grpo, "policy_logps", lambda *_: (logps, torch.where(mask, 2.0, 7.0), mask))
+    batch = []
+    for row, mode in ((0, "microscope"), (2, "copilot"), (4, "copilot")):
+        answers = [SimpleNamespace(logps=[0.0] * int(mask[row + k].sum())) for k in range(2)]
+        batch.append(SimpleNamespace(entry=SimpleNamespace(mode=mode), completions=answers, ref_logps=ref[row:row + 2],
+                                     advantages=torch.zeros(2), kept=torch.tensor([True, True])))
+    config = SimpleNamespace(objective="dpo", dpo_beta=0.5, loss_type="dapo", sample_from="reference", inner_epochs=1)
+    totals = SimpleNamespace(rows={"microscope": 2, "copilot": 4}, tokens={"microscope": 6, "copilot": 4},
+                             passes={"microscope": 1, "copilot": 1}, weights={"microscope": 0.5, "copilot": 0.5})
+    sums = dict.fromkeys(stage3.grpo.SUMS, 0.0)
+    loss, _ = training_pass(config, None, batch, {"microscope": 5, "copilot": 5}, None, totals, sums)
+    means = mean_statistics(config, sums)
+    assert list(means) == ["dpo_accuracy", "dpo_margin", "dpo_chosen", "entropy"] and means["entropy"] == 2.0
+    assert means["dpo_accuracy"] == pytest.approx(2 / 3)
+    assert means["dpo_margin"] == pytest.approx(0.5 * (3 - 1 + 1) / 3)
+    assert means["dpo_chosen"] == pytest.approx(0.5 * (2 + 0 + 1) / 3)
+    first, second, third = (math.log(1 + math.exp(-0.5 * margin)) for margin in (3, -1, 1))
+    assert loss == pytest.approx((first + (second + third) / 2) / 2)
+
+
 def test_dapo_divides_by_num_items():
     loss, _ = grpo_loss(LOGPS, ADVANTAGES, MASK, old_logps=OLD, num_items=13)
     assert loss.item() == pytest.approx(1.3 / 13)

@@ -4,6 +4,7 @@ Run: `python -m pytest tests/test_stage3.py -q`
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -436,8 +437,9 @@ OBJECTIVES = [("raft", "policy"), ("raft", "reference"), ("dpo", "policy"), ("dp
 
 @pytest.mark.parametrize("objective, sampler", OBJECTIVES)
 def test_an_objective_learns_and_logs_what_it_has(stage2, tmp_path, quick, objective, sampler):
-    """KL, clipping and the gap to the sampler only where there are any; every number is explained."""
-    run_stage3(stage2, tmp_path / "run", "--objective", objective, "--sample_from", sampler)
+    """KL, clipping and the gap to the sampler only where there are any (and no limit to a KL that is not measured);
+    every number is explained."""
+    run_stage3(stage2, tmp_path / "run", "--objective", objective, "--sample_from", sampler, "--max_kl", 1e-6)
     assert adapter_hash(tmp_path / "run") != adapter_hash(stage2 / "stage2")
     rows = [row for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert len(rows) == 4 and all(math.isfinite(value) for row in rows for value in row.values())
@@ -452,18 +454,23 @@ def test_an_objective_learns_and_logs_what_it_has(stage2, tmp_path, quick, objec
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_the_first_update_of_raft_has_the_likelihood_of_the_best_answers(stage2, tmp_path, quick):
-    """Its loss is worked out from the log-probs as sampled: per mode over the tokens of the best of each live group."""
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_the_first_update_of_raft_has_the_likelihood_of_the_best_answers(stage2, tmp_path, quick, loss_type):
+    """Its loss is worked out from the log-probs as sampled, of the best answer of each live group, by mode."""
     chosen = []
     only_counted = train_stage3.only_counted
     quick.setattr(train_stage3, "only_counted", lambda rollout: chosen.append(rollout) or only_counted(rollout))
-    run_stage3(stage2, tmp_path / "run", "--objective", "raft", "--max_steps", 1)
-    logps = {}
+    run_stage3(stage2, tmp_path / "run", "--objective", "raft", "--max_steps", 1, "--loss_type", loss_type)
+    best = {}
     for rollout in chosen:
         rewards = [record["reward"] for record in rollout.records]
-        logps.setdefault(rollout.entry.mode, []).extend(rollout.completions[rewards.index(max(rewards))].logps)
-    expected = sum(-sum(mode) / len(mode) for mode in logps.values()) / 2
-    assert len(logps) == 2 and rows_of(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] == pytest.approx(expected, 1e-5)
+        best.setdefault(rollout.entry.mode, []).append(rollout.completions[rewards.index(max(rewards))].logps)
+    expected = 0.0
+    for answers in best.values():
+        answers = answers if loss_type == "grpo" else [list(itertools.chain(*answers))]
+        expected += sum(-sum(logps) / len(logps) for logps in answers) / len(answers) / 2
+    assert len(best) == 2 and len(chosen) > 2
+    assert rows_of(tmp_path / "run" / "metrics.jsonl")[-1]["loss"] == pytest.approx(expected, 1e-5)
 
 
 def test_dpo_begins_at_log_2_and_learns_to_tell_the_pairs_apart(stage2, tmp_path, quick):
