@@ -795,9 +795,9 @@ def _is_about_road(caption, i):
 
 
 def _is_command(caption, clause, i):
-    """Word i tells the driver what to do: ", stop", ". Yield to ..."."""
+    """Word i tells the driver what to do: ", stop", ". Yield to ...", ", come to a stop"."""
     begins = i == clause.first and caption.breaks[i] >= COMMA
-    return begins and caption.words[i] == caption.verbs[i]
+    return begins and caption.verbs[i] != "" and caption.words[i] in (caption.verbs[i], "come")  # "come to a stop"
 
 
 def _is_event(caption, i):

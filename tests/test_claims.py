@@ -61,6 +61,7 @@ def test_facts(text, facts):
     ("A car slows, then stops.", ("car", "verb", "brake")),
     ("A bus stops and the ego vehicle passes it.", ("ego", "verb", "pass")),
     ("Truck ahead, stop.", ("ego", "verb", "brake")),
+    ("Truck ahead, come to a stop.", ("ego", "verb", "brake")),
     ("A car is there. It accelerates.", ("car", "verb", "accelerate")),
     ("The traffic light switches to green.", ("traffic light", "verb", "change")),
     ("The ego vehicle turns left.", ("ego", "verb", "turn left")),
