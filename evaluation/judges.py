@@ -2,21 +2,14 @@
 
 from collections import Counter
 
+from evaluation.ratings import cohens_kappa
 from evaluation.scoring import Truth
 
 
 def kappa(both: int, only_first: int, only_second: int, neither: int) -> float | None:
-    """Cohen's kappa of two judges that answer yes or no; None where chance alone would make them agree.
-
-    (p_o - p_e) / (1 - p_e), Cohen 1960, Educational and Psychological Measurement 20(1).
-    """
-    number = both + only_first + only_second + neither
-    if not number:
-        return None
-    observed = (both + neither) / number
-    first, second = (both + only_first) / number, (both + only_second) / number
-    by_chance = first * second + (1 - first) * (1 - second)
-    return None if by_chance == 1 else (observed - by_chance) / (1 - by_chance)
+    """Cohen's kappa of two judges that answer yes or no; None where chance alone would make them agree."""
+    return cohens_kappa([("yes", "yes")] * both + [("yes", "no")] * only_first + [("no", "yes")] * only_second
+                        + [("no", "no")] * neither)
 
 
 def agreement(first: dict[str, Truth], second: dict[str, Truth]) -> dict:

@@ -137,8 +137,9 @@ def estimate(values: np.ndarray) -> dict:
 
 
 def cohens_kappa(pairs: list[tuple[str, str]]) -> float | None:
-    """Agreement of two raters beyond chance: 1 full, 0 as by chance. None where chance alone would make them agree
-    (both have given one and the same answer throughout) or they have no question in common."""
+    """Agreement of two raters beyond chance, (p_o - p_e) / (1 - p_e): 1 full, 0 as by chance. None where chance alone
+    would make them agree (both have given one and the same answer throughout) or they have no question in common.
+    Cohen 1960, Educational and Psychological Measurement 20(1)."""
     if not pairs:
         return None
     first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)

@@ -80,6 +80,7 @@ function showProgress() {
 function openClip(number) {
   state.clip = number;
   clips.forEach((clip, other) => { clip.hidden = other !== number; });
+  findAll("#clips button")[number].scrollIntoView({ block: "nearest", inline: "nearest" });
   stop();
   showFrame(clips[number], 0);
   showProgress();

@@ -68,8 +68,9 @@ def test_rogan_gladen_is_as_worked_out_by_hand():
     assert corrected(0.3, 0.1, 0.2) == pytest.approx(0.2 / 0.7)
     assert corrected(0.3, 0.0, 0.0) == pytest.approx(0.3)
     assert corrected(0.05, 0.1, 0.2) == 0 and corrected(0.95, 0.0, 0.2) == 1  # clamped
-    for values in ((0.3, 0.5, 0.5), (0.3, 0.7, 0.6), (0.3, NAN, 0.1), (0.3, 0.1, NAN), (NAN, 0.1, 0.1)):
-        assert np.isnan(corrected(*values))
+    for false_alarm, miss in ((0.5, 0.5), (0.7, 0.3), (0.7, 0.6), (NAN, 0.1), (0.1, NAN)):
+        assert np.isnan(corrected(0.3, false_alarm, miss))
+    assert np.isnan(corrected(NAN, 0.1, 0.1))
 
 
 def test_an_estimate_leaves_undefined_draws_out_and_counts_them():
@@ -103,7 +104,7 @@ def small_key():
         {"video": "3", "mode": "copilot", "A": "old", "B": "new", "equal": True, "mentions": [
             mention("A1", "old", "supported"), mention("A1", "new", "supported")]},
     ]
-    counts = {"truth": {"old": {"copilot": {"1": [1, 2], "2": [1, 2], "3": [0, 1], "4": [2, 5]}},
+    counts = {"truth": {"old": {"copilot": {"1": [1, 2], "2": [1, 2], "3": [0, 1], "4": [3, 6]}},
                         "new": {"copilot": {"1": [0, 1], "2": [0, 0], "3": [0, 1], "4": [0, 2]}}}}
     return {"sheet": "sheet-1", "systems": ["old", "new"], "modes": ["copilot"], "clips": ["1", "2", "3", "4"],
             "items": items, "counts": counts}
@@ -136,9 +137,10 @@ def test_results_are_as_worked_out_by_hand():
     old = found["chair_i"]["old"]["copilot"]
     assert old["people"]["not_there"] == 2 and old["people"]["decided"] == 5
     assert old["people"]["chair_i"]["value"] == 0.4
-    assert old["truth"]["apparent"]["value"] == 0.4  # 4 of 10, over all four clips
-    assert old["truth"]["corrected"]["value"] == pytest.approx((0.4 - 0.2) / (1 - 0.2 - 0.5), abs=1e-4)
-    own = (0.4 - 1 / 3) / (1 - 1 / 3 - 1 / 2)
+    apparent = 5 / 11  # over all four clips
+    assert old["truth"]["apparent"]["value"] == pytest.approx(apparent, abs=1e-4)
+    assert old["truth"]["corrected"]["value"] == pytest.approx((apparent - 0.2) / (1 - 0.2 - 0.5), abs=1e-4)
+    own = (apparent - 1 / 3) / (1 - 1 / 3 - 1 / 2)
     assert old["truth"]["corrected_by_own_rates"]["value"] == pytest.approx(own, abs=1e-4)
     new = found["chair_i"]["new"]["copilot"]
     assert new["truth"]["apparent"]["value"] == new["truth"]["corrected"]["value"] == 0
