@@ -21,7 +21,7 @@ from pages.render import jpeg_uri
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
-PATIENCE = 60  # seconds that the browser gets for one command
+PATIENCE = 120  # seconds that the browser gets for one command
 START = "import os, sys; _, there, back, *argv = sys.argv; os.dup2(int(there), 3); os.dup2(int(back), 4); " \
         "os.execv(argv[0], argv)"
 
