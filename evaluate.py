@@ -8,7 +8,8 @@ Greedy answers in every mode, one row per system: `prior` (the best constant cap
 `swapped`: another clip's; `--controls` for more, of every checkpoint). The scorer (evaluation/scoring.py) reads only
 answers and truth: exact where a file gives it (`truth`), else what a detector finds (`judge`; not the detector that
 the reward checks). Each number has a 95% bootstrap interval over clips, each pair of `--compare` a paired difference.
-`--num_samples 4` adds rows of answers sampled at `--temperature`. `--baseline metrics.json` exits with 1 where
+`--num_samples 4` adds rows of answers sampled at `--temperature`, `--best_of 8` one of the best of 8 of these by stage
+3's reward. `--baseline metrics.json` exits with 1 where
 something got worse than in an earlier run. `--clips FOLDER` asks about clips that have no captions. Answers already
 in <output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
 """
@@ -51,6 +52,7 @@ from dataset import (
     sample_clip,
     video_reader_problems,
 )
+from evaluation.best_of import BestOf, best_of_problems
 from evaluation.captions import add_bleu, add_caption_scores
 from evaluation.judges import agreed_truth, agreement
 from evaluation.ratings import read_sheet
@@ -141,6 +143,7 @@ class System:
     folder: Path  # the checkpoint folder
     control: str = ""  # see change_frames
     num_samples: int = 0  # 0: greedy
+    best_of: bool = False  # only the best of the sampled answers is kept
 
 
 def planned_systems(config: EvaluateConfig, folders: dict[str, Path], ordered: bool) -> list[System]:
@@ -148,7 +151,8 @@ def planned_systems(config: EvaluateConfig, folders: dict[str, Path], ordered: b
 
     The controls of one checkpoint, `control`, are called as they are, those of the others NAME/CONTROL.
     """
-    chosen = config.control or ("stage2" if "stage2" in folders else list(folders)[-1])
+    default = "stage2" if "stage2" in folders else list(folders)[-1]
+    chosen = config.control or default
     always = ["blank", "swapped", "reversed"] if ordered else ["blank", "swapped"]
     systems = []
     for how in CONTROLS:
@@ -161,6 +165,9 @@ def planned_systems(config: EvaluateConfig, folders: dict[str, Path], ordered: b
     if config.num_samples:
         systems += [System(f"{name} T={config.temperature:g}", folder, num_samples=config.num_samples)
                     for name, folder in folders.items()]
+    if config.best_of:
+        systems.append(System(f"best-of-{config.best_of}", folders[config.best_of_checkpoint or default],
+                              num_samples=config.best_of, best_of=True))
     return systems
 
 
@@ -238,10 +245,12 @@ def ask(model, system: System, key: str, entries, config: EvaluateConfig, limits
     return rows
 
 
-def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict[str, int], file: Path) -> list[dict]:
+def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict[str, int], file: Path,
+            best_of: BestOf | None) -> list[dict]:
     """The answers of all systems. Those in `file` that would come out the same are kept; each system is written when it
     is finished, so a killed run can be repeated without losing it."""
     keys = {system.name: answers_key(system, entries, config, limits) for system in systems}
+    keys |= {system.name: f"{keys[system.name]}-{best_of.key(entries)}" for system in systems if system.best_of}
     answers = defaultdict(list)
     for row in read_jsonl(file):
         if keys.get(row["system"]) == row["key"]:
@@ -255,7 +264,8 @@ def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict
             model = None  # frees the one before: two 4B models may not fit together
             model = open_model(system.folder, config)
             loaded = system.folder
-        answers[system.name] = ask(model, system, keys[system.name], entries, config, limits)
+        rows = ask(model, system, keys[system.name], entries, config, limits)
+        answers[system.name] = best_of.choose(rows) if system.best_of else rows
         write_predictions(file, [row for name in keys for row in answers.get(name, ())])
     return [row for name in keys for row in answers[name]]
 
@@ -334,6 +344,7 @@ def open_inputs(config: EvaluateConfig):
     for folder in folders.values():
         problems += leak_problems(config, held_out, folder)
     problems += system_name_problems(config, list(folders), bool(train))
+    problems += best_of_problems(config, held_out) if config.best_of else []
     if config.second_judge.weights:
         problems += evidence_problems(held_out, config.second_judge, config.evidence_cache, "second_judge")
     if not config.truth:
@@ -351,6 +362,8 @@ def system_name_problems(config: EvaluateConfig, checkpoints: list[str], has_cap
                 for how in config.controls if how not in CONTROLS]
     if config.nll_under and config.nll_under not in checkpoints:
         problems.append(f"nll_under: no checkpoint is called {config.nll_under!r}")
+    if config.best_of_checkpoint not in ("", *checkpoints):
+        return [*problems, f"best_of_checkpoint: no checkpoint is called {config.best_of_checkpoint!r}"]
     if not checkpoints or config.control not in ("", *checkpoints):
         return problems  # said by open_checkpoints
     known = [system.name for system in planned_systems(config, dict.fromkeys(checkpoints), True)]
@@ -369,7 +382,7 @@ def open_checkpoints(config: EvaluateConfig, problems: list[str]) -> dict[str, P
         name, _, folder = text.partition("=")
         if not name or not folder:
             problems.append(f"checkpoint: {text!r} is not NAME=FOLDER")
-        elif name in (*FIXED, *names):
+        elif name in (*FIXED, *names, f"best-of-{config.best_of}"):
             problems.append(f"checkpoint: the name {name!r} is taken (also by the fixed rows {', '.join(FIXED)})")
         else:
             names.append(name)
@@ -460,7 +473,7 @@ def score_agreed(config: EvaluateConfig, names: list[str], rows_of, truth, secon
     return {"agreement": agreement(truth, second), **score_systems(config, names, kept, agreed, ranges)}
 
 
-def all_answers(config, folders, train, known_truth, truth, entries, limits) -> tuple[list[dict], dict, str]:
+def all_answers(config, folders, train, known_truth, truth, entries, limits, best_of) -> tuple[list[dict], dict, str]:
     """(rows of predictions.jsonl of all systems, which are written there; the prior, as in metrics.json; the name of
     the checkpoint under which their NLL was measured, or nothing)."""
     file, predictions, prior = Path(config.output_dir) / "predictions.jsonl", [], {}
@@ -470,7 +483,7 @@ def all_answers(config, folders, train, known_truth, truth, entries, limits) -> 
         prior = {"caption": caption, "f1_micro_train": round(f1, 4)}
         predictions += [prediction("prior", entry, caption) for entry in entries]
     systems = planned_systems(config, folders, any(clip.order for clip in truth.values()))
-    predictions += ask_all(systems, entries, config, limits, file)
+    predictions += ask_all(systems, entries, config, limits, file, best_of)
     predictions += [prediction("reference", entry, entry.captions[0]) for entry in entries if entry.captions]
     if under := config.nll_under or ("stage2" if "stage2" in folders else ""):
         add_nll(predictions, entries, folders[under], config)
@@ -489,15 +502,19 @@ def evaluate(config: EvaluateConfig) -> dict:
     ranges = {name: list(config.word_range.get(name, mode.word_range)) for name, mode in modes.items()}
     strips, left_out = read_clips(sorted({entry.video for entry in held_out}), config.video_root)
     entries = [entry for entry in held_out if entry.video in strips]
+    best_of = BestOf(config, entries) if config.best_of else None
+    if best_of:
+        left_out |= best_of.left_out
+        entries = [entry for entry in entries if entry.video not in best_of.left_out]
     truth, second = find_truth(config, entries, known_truth)
-    left_out |= {video: "the judge has no evidence" for video in strips if video not in truth}
+    left_out |= {entry.video: "the judge has no evidence" for entry in entries if entry.video not in truth}
     entries = [entry for entry in entries if entry.video in truth]
     if len(truth) < 2:
         fail([f"{len(truth)} held-out clips can be used; swapping clips needs two (num_val_videos)"])
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    predictions, prior, under = all_answers(config, folders, train, known_truth, truth, entries, limits)
+    predictions, prior, under = all_answers(config, folders, train, known_truth, truth, entries, limits, best_of)
     rows_of = defaultdict(list)
     for row in predictions:
         rows_of[row["system"]].append(row)

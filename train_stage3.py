@@ -54,7 +54,7 @@ def main(argv=None):
     problems = [f"modes must be of {', '.join(MODES)}, got {', '.join(config.modes)}"] if unknown else []
     if strange := sorted(set(config.mode_weights) - set(config.modes)):
         problems.append(f"mode_weights: {', '.join(strange)} is none of modes: {', '.join(config.modes)}")
-    reward, problem = load_reward(config) if not unknown else (None, None)
+    reward, problem = load_reward(config, config.modes[0]) if not unknown else (None, None)
     problems += frames_problems(config.detector, "detector", config.num_frames) + ([problem] if problem else [])
     train_entries, held_out = loop.load_inputs(config, stage=3, modes=config.modes, problems=problems)
     if problems := evidence_problems([*train_entries, *held_out], config.detector, config.evidence_cache, "detector"):

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         fail(["usage: python -m stage3.rescore RUN_FOLDER [--reward module:function] [any key of stage 3]; RUN_FOLDER "
               "is a run folder of stage 3, with rollouts.jsonl and config.yaml"])
     config = load_config(Stage3Config, ["--config", run / "config.yaml", *argv[1:]])
-    reward, problem = load_reward(config)
+    reward, problem = load_reward(config, config.modes[0])
     problems = [problem] if problem else []
     try:
         train, held_out = load_split(config)

@@ -232,16 +232,16 @@ RECORD_KEYS = frozenset("step slot k id video mode text tokens ended reward ment
                         "language advantage".split())
 
 
-def load_reward(config):
+def load_reward(config, mode, reference="A car ahead."):
     """(reward function of `config.reward`, None), or (None, what is wrong with it or with `config.reward_weights`).
 
     The function takes (caption, evidence, mode, reference caption) and returns a dataclass of parts in [0, 1]; the
-    reward is their sum weighted by `reward_weights`.
+    reward is their sum weighted by `reward_weights`. It is tried with this mode and reference.
     """
     module, _, name = config.reward.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-        parts = dataclasses.asdict(function("A car ahead.", Evidence({"car"}), config.modes[0], "A car ahead."))
+        parts = dataclasses.asdict(function("A car ahead.", Evidence({"car"}), mode, reference))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         return None, f"reward: {config.reward} does not work as module:function: {type(error).__name__}: {error}"
     parts.pop("total", None)  # ours also returns its own weighted sum

@@ -62,7 +62,7 @@ def test_chair_alone_is_one_minus_chair_i(text, chair):
 @pytest.mark.parametrize("name, weights", [
     ("style_alone", {"temporal": 0.25, "detail": 0.2}), ("chair_alone", {"chair": 1})])
 def test_the_rewards_are_accepted_by_stage_3(name, weights):
-    function, problem = load_reward(Stage3Config(reward=f"bench.baselines:{name}", reward_weights=weights))
+    function, problem = load_reward(Stage3Config(reward=f"bench.baselines:{name}", reward_weights=weights), "copilot")
     assert function and problem is None
 
 

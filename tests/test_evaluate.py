@@ -1,19 +1,23 @@
 """Evaluation: metrics worked out by hand, prior, controls, resumed predictions, page; and generate.py."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate as program
+import evaluation.best_of
 import generate
 from dataset import MODE_TABLE, MODES, Entry, encode_example, load_split, read_frames
 from evaluate import change_frames, constant_caption, evaluate
+from evaluation.best_of import BestOf
 from evaluation.captions import add_bleu, add_caption_scores
 from evaluation.judges import agreed_truth, agreement, kappa
 from evaluation.report import cell, marked, table
@@ -34,7 +38,7 @@ from evaluation.scoring import (
 from model import DriveVLM
 from stage3.grpo_reward_func import Evidence
 from training.common import ConfigError
-from training.config import EvaluateConfig, GenerateConfig
+from training.config import DetectorSettings, EvaluateConfig, GenerateConfig
 
 RANGES = {"microscope": [5, 100], "copilot": [2, 6]}
 TRUTH = Truth(frozenset({"car", "person"}), frozenset({"car", "person"}), frozenset({"bus"}), ("person", "car"))
@@ -426,6 +430,119 @@ def test_clips_without_captions_are_asked_about(config, tiny, tmp_path):
     (tmp_path / "nothing").mkdir()
     config.clips = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="clips: no clip in"):
+        evaluate(config)
+
+
+@dataclasses.dataclass
+class Long:
+    share: float
+
+
+def likes_length(caption, evidence, mode, reference):
+    """A reward that must not be shown any reference."""
+    assert reference is None
+    return Long(min(1.0, len(caption) / 1000))
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    """{clip: what the reward's detector saw in it}: a bus in all of them, where the truth knows none."""
+    seen = {}
+
+    def get_evidence(entries, root, settings, cache):
+        assert settings.weights == "reward.pt"
+        return {entry.video: seen.get(entry.video, Evidence({"bus"})) for entry in entries}
+
+    monkeypatch.setattr(evaluation.best_of, "get_evidence", get_evidence)
+    monkeypatch.setattr(evaluation.best_of, "evidence_problems", lambda *rest: [])
+    return seen
+
+
+def test_the_best_answer_is_chosen_by_the_rewards_own_evidence(evidence):
+    """Which sees a bus: neither truth nor captions have a say."""
+    config = EvaluateConfig(best_of=3, detector=DetectorSettings(weights="reward.pt"))
+    best_of = BestOf(config, [entry("a.mp4", "A car stops."), entry("b.mp4", "A car stops.")])
+    rows = [row("A car stops."), row("A bus stops."), row("A bus stops.", sample=2),
+            row("A bus stops.", video="b.mp4", ended=False), row("A car stops.", video="b.mp4")]
+    rows[2]["tokens"] = 11  # the first of equals
+    first, second = best_of.choose(rows)
+    assert (first["text"], first["id"], first["sample"], first["tokens"]) == ("A bus stops.", "a.mp4#copilot", 0, 10)
+    assert first["seconds"] == 1.5 and first["reward"] > 0.5  # three answers were made for it
+    assert second["text"] == "A car stops." and second["seconds"] == 1.0  # a whole answer before one that was cut off
+    assert best_of.choose(rows[3:4])[0]["text"] == "A bus stops."
+
+
+def test_choices_are_made_again_when_what_they_depend_on_has_changed(evidence):
+    config = EvaluateConfig(best_of=3, detector=DetectorSettings(weights="reward.pt"))
+    entries, keys = [entry("a.mp4"), entry("b.mp4")], set()
+    keys.add(BestOf(config, entries).key(entries))
+    assert BestOf(config, entries).key(entries) in keys
+    evidence["b.mp4"] = Evidence({"car"})
+    keys.add(BestOf(config, entries).key(entries))
+    config.reward_weights = config.reward_weights | {"detail": 0.0}
+    keys.add(BestOf(config, entries).key(entries))
+    config.reward = "stage3.grpo_reward_func:Reward"
+    keys.add(BestOf(config, entries).key(entries))
+    config.reward = "test_evaluate:likes_length"  # its code is another
+    keys.add(BestOf(config, entries).key(entries))
+    assert len(keys) == 5
+
+
+def test_best_of_n_is_a_row_of_its_own(config, evidence, monkeypatch):
+    config.best_of, config.num_samples, config.compare = 4, 4, ["stage2:best-of-4"]
+    config.reward, config.reward_weights = "test_evaluate:likes_length", {"share": 1.0}
+    config.detector.weights = "reward.pt"
+    metrics = evaluate(config)
+    assert list(metrics["systems"])[-4:] == ["stage1 T=1", "stage2 T=1", "best-of-4", "reference"]
+    assert metrics["differences"][0]["after"] == "best-of-4"
+    rows = [json.loads(line) for line in open(f"{config.output_dir}/predictions.jsonl")]
+    chosen = {r["id"]: r for r in rows if r["system"] == "best-of-4"}
+    assert len(chosen) == 6 and all(r["sample"] == 0 for r in chosen.values())
+    for name, kept in chosen.items():  # the same samples as those of the row above
+        samples = [r for r in rows if r["system"] == "stage2 T=1" and r["id"] == name]
+        whole = [r for r in samples if r["ended"]] or samples
+        assert len(kept["text"]) == max(len(r["text"]) for r in whole) and len(samples) == 4
+    monkeypatch.setattr(program, "ask", None)  # run again, it keeps every answer
+    assert evaluate(config) == metrics
+    config.reward_weights = {"share": 0.5}
+    with pytest.raises(TypeError):
+        evaluate(config)
+
+
+def test_best_of_another_checkpoint_and_clips_without_evidence(config, evidence):
+    config.best_of, config.best_of_checkpoint, config.detector.weights = 2, "stage1", "reward.pt"
+    video = load_split(config)[1][0].video
+    evidence[video] = None
+    metrics = evaluate(config)
+    assert metrics["left_out"] == {video: "the reward's detector has no evidence"} and metrics["clips"] == 2
+    rows = [json.loads(line) for line in open(f"{config.output_dir}/predictions.jsonl")]
+    assert video not in {r["video"] for r in rows}
+    keys = {r["system"]: r["key"] for r in rows}
+    stage1, stage2 = (program.System("best-of-2", Path(text.split("=")[1]) / "model", num_samples=2, best_of=True)
+                      for text in config.checkpoint)
+    entries = [e for e in load_split(config)[1] if e.video != video]
+    limits = {"microscope": 6, "copilot": 4}
+    assert keys["best-of-2"].startswith(program.answers_key(stage1, entries, config, limits))
+    assert not keys["best-of-2"].startswith(program.answers_key(stage2, entries, config, limits))
+
+
+def test_a_best_of_that_cannot_work_is_refused(config):
+    config.best_of, config.best_of_checkpoint, config.detector.weights = 2, "stage9", "no.pt"
+    config.reward_weights = {"objects": 1.0}
+    with pytest.raises(ConfigError) as error:
+        evaluate(config)
+    for words in ("best_of_checkpoint: no checkpoint is called 'stage9'", "detector.weights: no such file",
+                  "reward_weights: has objects, but the parts"):
+        assert words in error.value.text
+    config.best_of_checkpoint, config.reward = "", "test_evaluate:no_such_reward"
+    with pytest.raises(ConfigError, match="reward: test_evaluate:no_such_reward does not work"):
+        evaluate(config)
+    assert EvaluateConfig(best_of=1).problems()[0].startswith("best_of: the best of one answer")
+    assert "best_of must be at least 0" in EvaluateConfig(best_of=-1).problems()[0]
+    assert any("detector.num_frames" in line for line in EvaluateConfig(
+        best_of=2, detector=DetectorSettings(num_frames=0)).problems())
+    config.checkpoint[0] = config.checkpoint[0].replace("stage1=", "best-of-2=")
+    with pytest.raises(ConfigError, match="the name 'best-of-2' is taken"):
         evaluate(config)
 
 

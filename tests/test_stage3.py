@@ -692,13 +692,14 @@ def talk(caption, evidence, mode, reference=None):
 
 def test_parts_of_a_reward_must_not_be_named_as_other_things_of_a_rollout():
     config = Stage3Config(reward="test_stage3:talk", reward_weights={"language": 1.0, "manners": 1.0})
-    assert "named as other things in rollouts.jsonl: language" in load_reward(config)[1]
+    assert "named as other things in rollouts.jsonl: language" in load_reward(config, "copilot")[1]
 
 
 def test_reward_weights_must_name_the_parts_of_the_reward():
     for weights in ({"objects": 1.0, "style": 1.0}, {"objects": 1.0}):
-        function, problem = load_reward(Stage3Config(reward="test_stage3:vowels", reward_weights=weights))
+        function, problem = load_reward(Stage3Config(reward="test_stage3:vowels", reward_weights=weights),
+                                        "copilot")
         assert function is None and "the parts of test_stage3:vowels are objects, temporal, detail, halluc" in problem
-    assert load_reward(Stage3Config(reward="test_stage3:vowels"))[0] is vowels
+    assert load_reward(Stage3Config(reward="test_stage3:vowels"), "copilot")[0] is vowels
     assert "at least 0 and not all 0" in Stage3Config(reward_weights={"objects": 0.0}).problems()[0]
     assert Stage3Config().reward_weights == REWARD_WEIGHTS  # those that physics_aware_reward's own total is made of

@@ -229,7 +229,26 @@ class Stage2Config(SupervisedKeys):
 
 
 @dataclass
-class Stage3Config(TrainKeys):
+class RewardKeys(Config):
+    """What stage 3 pays for."""
+
+    # module:function (caption, evidence, mode, reference) -> dataclass of parts in [0, 1]
+    reward: str = "stage3.grpo_reward_func:physics_aware_reward"
+    # the reward is this weighted sum of its parts
+    reward_weights: dict[str, float] = field(default_factory=lambda: {
+        "objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15})
+    detector: DetectorSettings = field(default_factory=DetectorSettings)  # detector whose evidence the reward checks
+    evidence_cache: str = "output/evidence"  # folder of the detectors' boxes, one JSON per clip
+
+    def problems(self):
+        weights = self.reward_weights.values()
+        if not weights or min(weights) < 0 or sum(weights) <= 0:
+            return [*super().problems(), f"reward_weights must be at least 0 and not all 0, got {self.reward_weights}"]
+        return super().problems()
+
+
+@dataclass
+class Stage3Config(RewardKeys, TrainKeys):
     """train_stage3.py"""
 
     output_dir: str = "output/stage3"  # run folder: everything that this run writes
@@ -254,11 +273,6 @@ class Stage3Config(TrainKeys):
     max_new_tokens: dict[str, int] = field(default_factory=lambda: {"microscope": 768, "copilot": 96})
     temperature: float = 1.0  # of sampling, and of all log-probs
 
-    # module:function (caption, evidence, mode, reference) -> dataclass of parts in [0, 1]
-    reward: str = "stage3.grpo_reward_func:physics_aware_reward"
-    # the reward is this weighted sum of its parts
-    reward_weights: dict[str, float] = field(default_factory=lambda: {
-        "objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15})
     # what is learnt from a group: grpo, or, to compare with, raft (cross-entropy of its best answer) or dpo (prefer its
     # best answer to its worst)
     objective: Literal["grpo", "raft", "dpo"] = "grpo"
@@ -279,8 +293,6 @@ class Stage3Config(TrainKeys):
     mask_truncated: bool = True  # exclude truncated answers from the loss (they still count in the group mean)
     shared_prefix: bool = True  # process a prompt once for its whole group; false: for models that cannot mask so
 
-    detector: DetectorSettings = field(default_factory=DetectorSettings)  # detector whose evidence the reward checks
-    evidence_cache: str = "output/evidence"  # folder of the detector's boxes, one JSON per clip
     max_kl: float | None = 1.0  # stop when a step's mean KL per token exceeds this; none: never
     max_dead_steps: int | None = 20  # stop after this many consecutive steps without a group whose rewards differ
     # stop when, on the held-out clips, a mode's reward has risen while its lead over the reward of answers to another
@@ -306,8 +318,6 @@ class Stage3Config(TrainKeys):
             found.append("keep_best needs held-out clips: num_val_videos or val_data")
         found += [f"mode_weights.{mode} must be above 0, got {weight}"
                   for mode, weight in self.mode_weights.items() if weight <= 0]
-        if not self.reward_weights or min(self.reward_weights.values()) < 0 or sum(self.reward_weights.values()) <= 0:
-            found.append(f"reward_weights must be at least 0 and not all 0, got {self.reward_weights}")
         return super().problems() + found + self.detector.problems("detector")
 
 
@@ -345,7 +355,7 @@ class ImportConfig(DataKeys):
 
 
 @dataclass
-class EvaluateConfig(DataKeys):
+class EvaluateConfig(RewardKeys, DataKeys):
     """evaluate.py"""
 
     checkpoint: list[str] = field(default_factory=list)  # NAME=FOLDER, one or several: checkpoint or run folders
@@ -366,7 +376,6 @@ class EvaluateConfig(DataKeys):
     judge: DetectorSettings = field(default_factory=judge_defaults)
     # another judge, to see how far the two agree, and the scores on what they agree on; without weights: none
     second_judge: DetectorSettings = field(default_factory=lambda: DetectorSettings(weights=""))
-    evidence_cache: str = "output/evidence"  # folder of the detectors' boxes, one JSON per clip
     vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
     language_model: str | None = None  # where the language model is now, if not where the checkpoint says
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and autocast; auto: as fast as the machine allows
@@ -377,18 +386,21 @@ class EvaluateConfig(DataKeys):
     eval_max_new_tokens: dict[str, int] = field(default_factory=dict)
     num_samples: int = 0  # extra rows with this many sampled answers per clip and mode
     temperature: float = 1.0  # of the sampled answers
+    # an extra row, best-of-N: the best of this many sampled answers per clip and mode, by stage 3's reward (`reward`,
+    # `reward_weights`) and the evidence of its `detector`
+    best_of: int = 0
+    best_of_checkpoint: str = ""  # the checkpoint that samples these; default: stage2, if there is one, else the last
     seed: int = 42  # of sampled answers, bootstrap draws and sheets
     eval_batch_size: int = 8  # clips that are answered at once
     # write a sheet for people with this many clips: the answers of two systems, from the predictions in output_dir
     sheet: int = 0
     sheet_systems: list[str] = field(default_factory=lambda: ["stage2", "stage3"])  # the second's win rate is told
     sheet_modes: list[str] = field(default_factory=list)  # modes that the sheet asks about; default: all
-    # detector whose evidence the reward checks; a sheet compares it with people, beside truth or judge
-    detector: DetectorSettings = field(default_factory=DetectorSettings)
     read_sheet: list[str] = field(default_factory=list)  # CSV files that raters gave back for the sheet in output_dir
 
     def problems(self):
-        found = self.out_of_range(above=("eval_batch_size", "temperature"), least=["num_samples"])
+        found = self.out_of_range(above=("eval_batch_size", "temperature"), least=("num_samples", "best_of"))
+        found += ["best_of: the best of one answer is that answer"] if self.best_of == 1 else []
         found += [f"eval_max_new_tokens.{mode} must be above 0, got {limit}"
                   for mode, limit in self.eval_max_new_tokens.items() if limit < 1]
         found += word_range_problems(self.word_range) + self.sheet_problems()
@@ -406,7 +418,7 @@ class EvaluateConfig(DataKeys):
             found.append(f"sheet_modes names a mode twice: {self.sheet_modes}")
         if self.sheet and self.read_sheet:
             found.append("sheet and read_sheet: write a sheet or read one, not both")
-        return found + (self.detector.problems("detector") if self.sheet else [])
+        return found + (self.detector.problems("detector") if self.sheet or self.best_of else [])
 
 
 @dataclass
