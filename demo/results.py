@@ -14,7 +14,20 @@ import argparse
 import os
 from pathlib import Path
 
-from demo.run import OUT, PYTHON, ROOT, TORCHRUN, Part, clock, demo_parts, marks_of, run_parts, seconds_taken
+from demo.run import (
+    OUT,
+    PYTHON,
+    ROOT,
+    TORCHRUN,
+    Part,
+    clock,
+    demo_parts,
+    marks_of,
+    run_at_once,
+    run_parts,
+    seconds_taken,
+)
+from training.common import cpu_count
 
 C = "configs/demo"
 RESULTS = OUT / "results"
@@ -178,6 +191,8 @@ def main(argv=None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the table (42: the demo's)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of runs, default: all")
+    parser.add_argument("--jobs", type=int, default=min(4, cpu_count()),
+                        help="parts at a time, each on its share of the cores (default: one per core, 4 at most)")
     parser.add_argument("--list", action="store_true", help="list the parts and whether they are done; run nothing")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -188,7 +203,10 @@ def main(argv=None) -> None:
             taken = seconds_taken(part, marks[part.name])
             print(f"{part.title:<70} {'about ' + clock(part.seconds) if taken is None else 'done in ' + clock(taken)}")
         return
-    run_parts(parts)
+    if args.jobs > 1:
+        run_at_once(parts, args.jobs)
+    else:
+        run_parts(parts)
     from demo.results_page import write_page  # matplotlib only where it is needed
 
     print(f"\nThe results: {write_page(args.seeds)}")

@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.common import cpu_count
+
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("output/demo")
 PYTHON = sys.executable
@@ -86,27 +88,34 @@ def seconds_taken(part: Part, mark: str) -> float | None:
     return state["seconds"] if state.get("mark") == mark and part.folder.is_dir() else None
 
 
-def run_part(part: Part, mark: str) -> float:
-    """Run one part to its end, resuming one that was cut off; returns its seconds."""
+def begin_part(part: Part, mark: str) -> list[str]:
+    """The part's command, after what another configuration left of it is gone."""
     stamp = stamp_of(part)
     stamp.parent.mkdir(parents=True, exist_ok=True)
     state = json.loads(stamp.read_text()) if stamp.is_file() else {}
     if state.get("mark") != mark and part.folder.is_dir():
-        shutil.rmtree(part.folder)  # made with another configuration
+        shutil.rmtree(part.folder)
     stamp.write_text(json.dumps({"mark": mark, "seconds": None}))
-    command = list(part.command)
-    if part.trains:
-        command += ["--resume", "auto"]
-    start = time.time()
-    code = run_command(command)
+    return [*part.command, "--resume", "auto"] if part.trains else part.command
+
+
+def end_part(part: Part, mark: str, code: int, seconds: float, log: str = "") -> None:
+    """Note that the part is done, or end the program."""
     if code == STOPPED:
         print("\nStopped. Run the same command again: it continues here.", file=sys.stderr)
         sys.exit(STOPPED)
     if code != 0:
-        sys.exit(f"\n'{part.title}' failed with exit code {code}. Its command was:\n    {' '.join(command)}\n"
+        sys.exit(f"\n'{part.title}' failed with exit code {code}. {log}Its command was:\n    {' '.join(part.command)}\n"
                  "Run the same again: it resumes here.")
+    stamp_of(part).write_text(json.dumps({"mark": mark, "seconds": seconds}))
+
+
+def run_part(part: Part, mark: str) -> float:
+    """Run one part to its end, resuming one that was cut off; returns its seconds."""
+    command, start = begin_part(part, mark), time.time()
+    code = run_command(command)
     seconds = time.time() - start
-    stamp.write_text(json.dumps({"mark": mark, "seconds": seconds}))
+    end_part(part, mark, code, seconds)
     return seconds
 
 
@@ -123,6 +132,41 @@ def run_command(command: list[str]) -> int:
             return STOPPED
 
 
+def run_at_once(parts: list[Part], jobs: int) -> None:
+    """`jobs` parts at a time, each once the parts are done that it needs; their output goes to OUT/logs.
+
+    The tiny models gain little from a second core, so two parts at a time take little more than half the time.
+    """
+    marks, running = marks_of(parts), {}  # running: {name: (part, process, its log, when it was started)}
+    done = {part.name for part in parts if seconds_taken(part, marks[part.name]) is not None}
+    needs = needs_of(parts)
+    (OUT / "logs").mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, cpu_count() // jobs))}
+    try:
+        while len(done) < len(parts):
+            ready = [part for part in parts if part.name not in {*done, *running} and needs[part.name] <= done]
+            for part in ready[:jobs - len(running)]:
+                log = OUT / "logs" / f"{part.name.replace('/', '-')}.log"
+                with open(log, "a", encoding="utf-8") as file:
+                    process = subprocess.Popen(begin_part(part, marks[part.name]), env=environment() | threads,
+                                               stdout=file, stderr=subprocess.STDOUT)
+                running[part.name] = part, process, log, time.time()
+                left = sum(p.seconds for p in parts if p.name not in done) / jobs
+                print(f"{time.strftime('%H:%M:%S')}  {part.title}   (about {clock(left)} left; {log})", flush=True)
+            time.sleep(0.2)
+            for name, (part, process, log, start) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    end_part(part, marks[name], process.returncode, time.time() - start, f"Its output: {log}. ")
+                    done.add(name)
+                    print(f"{time.strftime('%H:%M:%S')}  {part.title}: took {clock(time.time() - start)}", flush=True)
+    except KeyboardInterrupt:  # the parts have got it too, and save
+        sys.exit(STOPPED)
+    finally:
+        for _, process, _, _ in running.values():
+            process.wait()
+
+
 def environment() -> dict[str, str]:
     extra = {"YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
              "TOKENIZERS_PARALLELISM": "false", "ULTRALYTICS_SAFE_LOAD": "1", "YOLO_CONFIG_DIR": str(OUT / ".yolo")}
@@ -134,12 +178,21 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
+def needs_of(parts: list[Part]) -> dict[str, set[str]]:
+    """{name of a part: names of those that it needs}."""
+    needs, before = {}, set()
+    for part in parts:
+        needs[part.name] = set(part.needs) or before
+        before = {part.name}
+    return needs
+
+
 def marks_of(parts: list[Part]) -> dict[str, str]:
     """{name of a part: what its result depends on}."""
-    marks, before = {}, ""
-    for part in parts:
-        needed = "".join(marks[name] for name in part.needs) if part.needs else before
-        marks[part.name] = before = fingerprint(part, needed)
+    marks = {}
+    for name, needs in needs_of(parts).items():
+        [part] = [part for part in parts if part.name == name]
+        marks[name] = fingerprint(part, "".join(marks[needed] for needed in sorted(needs)))
     return marks
 
 

@@ -127,6 +127,29 @@ def test_parts_depend_on_what_they_need_alone(parts):
     assert demo.marks_of([*parts, third])["c"] != after["c"]
 
 
+def test_parts_run_at_once_as_soon_as_what_they_need_is_done(tmp_path, monkeypatch, capsys):
+    """a and b wait for each other, so both must run at a time; c needs both. Run again, nothing runs."""
+    monkeypatch.setattr(demo, "OUT", tmp_path / "out")
+    meet = ("import pathlib, sys, time; own, other = map(pathlib.Path, sys.argv[1:]); own.mkdir(parents=True)\n"
+            "end = time.time() + 30\nwhile not other.exists(): assert time.time() < end; time.sleep(0.05)")
+    folders = {name: tmp_path / "out" / name for name in "abc"}
+    begin = [sys.executable, "-c", WRITE, str(tmp_path / "out" / "start")]
+    parts = [demo.Part("start", "start", begin, tmp_path / "out" / "start", 1)]
+    for own, other, needs in (("a", "b", "start"), ("b", "a", "start"), ("c", "a", ("a", "b"))):
+        command = [sys.executable, "-c", meet, str(folders[own]), str(folders[other])]
+        parts.append(demo.Part(own, f"part {own}", command, folders[own], 1,
+                               needs=(needs,) if isinstance(needs, str) else needs))
+    demo.run_at_once(parts, 2)
+    said = capsys.readouterr().out
+    assert said.count("took") == 4 and said.index("part c") > max(said.index(f"part {name}: took") for name in "ab")
+    demo.run_at_once(parts, 2)
+    assert capsys.readouterr().out == ""
+    parts[3].command = [sys.executable, "-c", "print('gone'); raise SystemExit(3)"]
+    with pytest.raises(SystemExit, match="'part c' failed with exit code 3. Its output: .*c.log"):
+        demo.run_at_once(parts, 2)
+    assert (tmp_path / "out" / "logs" / "c.log").read_text() == "gone\n"
+
+
 def metrics_of_a_run(systems, value):
     keys = [*results_page.COLUMNS, "order"]
     block = dict.fromkeys(keys, value) | {"interval": {key: [value - 0.1, value + 0.1] for key in keys}}
