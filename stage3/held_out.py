@@ -161,11 +161,11 @@ def blind_problem(config, first, values) -> str | None:
             continue
         limit = config.stop_when_blind * max(first[gap], 0.0) + ROUNDING
         if values[reward] > first[reward] and values[gap] <= limit:
+            before, now = round(first[gap], 3) + 0.0, round(values[gap], 3) + 0.0  # + 0.0: no "-0.000"
             return (f"in {mode} the model is paid without watching: on the held-out clips its reward has risen from "
-                    f"{first[reward]:.3f} to {values[reward]:.3f}, and answers to another clip now earn only "
-                    f"{values[gap]:.3f} less (with stage 2 it was {first[gap]:.3f}; stop_when_blind is "
-                    f"{config.stop_when_blind:g} of that): the reward has a way to be had that needs no video; read "
-                    "the answers in train.log and rollouts.jsonl")
+                    f"{first[reward]:.3f} to {values[reward]:.3f}, while its lead over answers to another clip is "
+                    f"{now:.3f}, and was {before:.3f} with stage 2 (stop_when_blind: {config.stop_when_blind:g} of "
+                    "that). The reward can be had without the video: see the answers in train.log and rollouts.jsonl")
     return None
 
 

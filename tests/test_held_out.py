@@ -74,7 +74,7 @@ def test_a_run_is_blind_when_the_reward_has_risen_and_the_gap_is_half_of_what_it
                             values(reward_copilot=reward, gap_swapped_copilot=gap))
     assert (problem is not None) == stops
     if stops:
-        assert "in copilot" in problem and "from 0.600 to 0.800" in problem and "stage 2 it was 0.200" in problem
+        assert "in copilot" in problem and "from 0.600 to 0.800" in problem and "was 0.200 with stage 2" in problem
 
 
 def test_one_blind_mode_of_those_trained_is_enough_and_one_without_a_gap_at_the_start_is_blind():
