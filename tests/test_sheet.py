@@ -151,7 +151,8 @@ def test_results_are_seeded_and_survive_no_ratings_of_a_kind():
     ratings = {"anna": ratings_of(q1="B"), "ben": ratings_of(q2A1="cannot tell")}
     assert results(small_key(), ratings, 3) == results(small_key(), ratings, 3)
     found = results(small_key(), ratings, 3)
-    assert found["error"]["truth"]["both"]["false_alarm_rate"]["value"] is None
+    both = found["error"]["truth"]["both"]
+    assert both["false_alarm_rate"]["value"] is None and both["undecided"] == 1  # what nobody has marked is not counted
     assert found["chair_i"]["old"]["copilot"]["truth"]["corrected"]["value"] is None
     assert found["agreement"]["preferences"]["kappa"] is None and json.dumps(found, allow_nan=False)
 
