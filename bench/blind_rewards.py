@@ -11,11 +11,11 @@ from collections import Counter
 
 from stage3.grpo_reward_func import PARTS, Reward, physics_aware_reward
 
-ANSWERS = {  # as stage 2 words them, so that `judge_language` has nothing against them
-    "microscope": ("The ego vehicle drives along a city street by day. First, a red car in front slows down, so the "
-                   "ego vehicle keeps its distance. Then the traffic light turns red and the ego vehicle stops. The "
-                   "drive continues straight ahead."),
-    "copilot": "Day, city: red car ahead slows, keep distance; then red light, ego stops.",
+ANSWERS = {  # what the demo's stage 2 says of grey frames: near at hand, and sound language to `judge_language`
+    "microscope": ("The video shows a street with buildings at night. At first, a green truck approaches in the "
+                   "opposite lane, so the ego vehicle keeps to its lane. Finally, a black car in front slows down and "
+                   "stops, so the ego vehicle slows down. The drive continues straight ahead."),
+    "copilot": "Night, city: oncoming from left, ego yields; then oncoming black car ahead brakes, ego slows.",
 }
 REAL = 0.3  # share of the real reward in `loophole`
 

@@ -500,7 +500,7 @@ def curve_panels(config):
         parts[f"parts, {mode}"] = [f"{part}/{mode}" for part in config.reward_weights]
     return {
         "reward": [*(f"reward/{mode}" for mode in MODES), *(f"eval_reward_{mode}" for mode in MODES)], **parts,
-        "held-out reward lost with another clip, with grey frames": [
+        "held-out reward lost without the video": [
             *(f"eval_gap_swapped_{mode}" for mode in MODES), *(f"eval_gap_blank_{mode}" for mode in MODES)],
         "std of a group's rewards, share of dead groups": ["reward_std", "dead_groups"],
         "KL to stage 2, nats per token": ["kl"],

@@ -733,5 +733,15 @@ def test_curves_are_drawn_for_panels_with_values_only(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "metrics.jsonl"]
 
 
+def test_curves_mark_the_last_best_step(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    marks, metrics = [], tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(matplotlib.axes.Axes, "axvline", lambda axis, x, **_: marks.append(x))
+    metrics.write_text('{"step": 2, "loss": 2.0, "best_step": 2}\n{"step": 4, "loss": 1.0, "best_step": 4, "kl": 1}\n')
+    plot_curves(metrics, tmp_path / "a.png", {"loss": ["loss"], "KL": ["kl"]})
+    assert marks == [4, 4]
+
+
 def test_smoothing_is_not_biased_towards_the_start():
     assert _smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2.0, 2.0, 2.0])

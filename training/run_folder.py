@@ -542,7 +542,8 @@ def plot_curves(metrics, picture, panels: dict[str, list[str]]):
         _draw_panel(axis, title, curves)
         for _, best in series.get("best_step", [])[-1:]:
             axis.axvline(best, color="#64748b", linestyle=":", linewidth=1.2)
-            axis.set_title(f"best: step {best}", loc="right", fontsize=8, color="#64748b")
+            if axis is axes.flat[0]:
+                axis.set_title(f"dotted: the best step, {best}", loc="right", fontsize=8, color="#64748b")
     figure.suptitle(str(Path(metrics).parent), fontsize=9, color="#64748b", x=0.01, ha="left")
     with replacing(picture) as temporary:
         figure.savefig(temporary, dpi=120)
