@@ -10,8 +10,9 @@ answers and truth: exact where a file gives it (`truth`), else what a detector f
 the reward checks). Each number has a 95% bootstrap interval over clips, each pair of `--compare` a paired difference.
 `--num_samples 4` adds rows of answers sampled at `--temperature`, `--best_of 8` one of the best of 8 of these by stage
 3's reward. `--baseline metrics.json` exits with 1 where
-something got worse than in an earlier run. `--clips FOLDER` asks about clips that have no captions. Answers already
-in <output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
+something got worse than in an earlier run. `--clips FOLDER` asks about clips that have no captions. `--probes true`
+asks pairs of questions, `--twins FILE` about clips that lack one object. Answers already in
+<output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
 """
 
 import dataclasses
@@ -55,6 +56,18 @@ from dataset import (
 from evaluation.best_of import BestOf, best_of_problems
 from evaluation.captions import add_bleu, add_caption_scores
 from evaluation.judges import agreed_truth, agreement
+from evaluation.probes import (
+    affirmed,
+    ask_statements,
+    classes_asked,
+    draw_probes,
+    draw_statements,
+    read_twins,
+    score_probes,
+    score_twins,
+    told_by,
+    twin_entries,
+)
 from evaluation.ratings import read_sheet
 from evaluation.report import report, table
 from evaluation.scoring import (
@@ -323,7 +336,7 @@ def open_inputs(config: EvaluateConfig):
     paths = {key: getattr(config, key) for key in ("data", "val_data", "video_root", "truth")}
     if config.clips:  # their own data: neither captions nor a split
         paths = {"clips": config.clips, "truth": config.truth}
-    paths |= {"slices": config.slices, "baseline": config.baseline}
+    paths |= {"slices": config.slices, "baseline": config.baseline, "twins": config.twins}
     absent = {key for key, path in paths.items() if path and not Path(path).exists()}
     problems += [f"{key}: not found: {paths[key]}" for key in paths if key in absent]
     for key in ("word_range", "eval_max_new_tokens"):
@@ -351,6 +364,8 @@ def open_inputs(config: EvaluateConfig):
         problems += evidence_problems(held_out, config.judge, config.evidence_cache, "judge")
     elif "truth" not in absent:
         truth = exact_truth(config.truth, sorted({entry.video for entry in held_out}), problems)
+    if config.twins and not absent & {"twins", "video_root", "clips"}:
+        read_twins(config.twins, config.video_root, {entry.video for entry in held_out}, problems)
     if problems:
         fail(problems)
     return folders, train, held_out, truth
@@ -491,6 +506,71 @@ def all_answers(config, folders, train, known_truth, truth, entries, limits, bes
     return predictions, prior, under
 
 
+# ---- probes (see evaluation/probes.py) -------------------------------------------------------------------------------
+
+
+def plan_probes(config: EvaluateConfig, train, entries, truth) -> tuple[dict, list]:
+    """(statements, probes) about the classes that have statements in every mode."""
+    statements = draw_statements(train, config.seed)
+    classes = set.intersection(*(set(statements.get(entry.mode, ())) for entry in entries))
+    probes = draw_probes(train, truth, classes, config.seed)
+    if not probes:
+        fail(["probes: no held-out clip both shows and lacks a class that, in every mode, has a sentence of its own in "
+              "the training captions"])
+    return statements, probes
+
+
+def add_probes(config: EvaluateConfig, folders, entries, statements, probes, rows_of, systems: dict) -> None:
+    """Adds "probes" to each system's blocks, answered by what it told, and by how likely a checkpoint finds statements
+    about both classes, shown the clip or another one."""
+    margins = all_margins(config, folders, entries, statements, classes_asked(probes))
+    for name, rows in rows_of.items():
+        for mode in sorted({entry.mode for entry in entries}):
+            block = {"told": score_probes(probes, told_by(rows, mode), config.seed)}
+            for shown in ("clip", "swapped") if name in margins else ():
+                yes = affirmed(margins[name], mode, shown)
+                block["statement" if shown == "clip" else shown] = score_probes(probes, yes, config.seed)
+            systems[name][mode]["probes"] = block
+
+
+def all_margins(config: EvaluateConfig, folders, entries, statements, asked) -> dict[str, list[dict]]:
+    """{checkpoint: its rows of probes.jsonl}; those in the file that would come out the same are kept."""
+    file, content = Path(config.output_dir) / "probes.jsonl", [statements, asked, config.video_root]
+    content.append([[entry.id, entry.question, entry.captions[0]] for entry in entries])
+    known, rows = read_jsonl(file), {}
+    for name, folder in folders.items():
+        key = hashlib.sha256(json.dumps([weights_key(folder, config), content]).encode()).hexdigest()[:12]
+        rows[name] = [row for row in known if row["system"] == name and row["key"] == key]
+        if not rows[name]:
+            rows[name] = [{"system": name, "key": key, **row}
+                          for row in margins_under(folder, config, entries, statements, asked)]
+            write_predictions(file, [row for done in rows.values() for row in done])
+    return rows
+
+
+def margins_under(folder: Path, config: EvaluateConfig, entries, statements, asked) -> list[dict]:
+    model = open_model(folder, config)
+    return ask_statements(model, lambda video: read_frames_of([video], model, config), entries, statements, asked,
+                          config.eval_batch_size)
+
+
+def add_twins(config: EvaluateConfig, folders, entries, limits, rows_of, systems: dict) -> dict[str, str]:
+    """Adds "twins" to the blocks of the checkpoints and the prior; returns {twin that cannot be read: reason}."""
+    videos = {entry.video for entry in entries}
+    twins = [twin for twin in read_twins(config.twins, config.video_root, videos, []) if twin["of"] in videos]
+    readable, left_out = read_clips([twin["video"] for twin in twins], config.video_root)
+    twins = [twin for twin in twins if twin["video"] in readable]
+    asked = twin_entries(twins, list(limits))
+    answered = [System(name, folder) for name, folder in folders.items()]
+    rows = ask_all(answered, asked, config, limits, Path(config.output_dir) / "twins.jsonl", None) if twins else []
+    rows += [prediction("prior", entry, rows_of["prior"][0]["text"]) for entry in asked if "prior" in rows_of]
+    for name in dict.fromkeys(row["system"] for row in rows):
+        both = rows_of[name] + [row for row in rows if row["system"] == name]
+        for mode in limits:
+            systems[name][mode]["twins"] = score_twins(twins, told_by(both, mode), config.seed)
+    return left_out
+
+
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
     if config.clips:
@@ -514,6 +594,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
 
+    planned = plan_probes(config, train, entries, truth) if config.probes else None
     predictions, prior, under = all_answers(config, folders, train, known_truth, truth, entries, limits, best_of)
     rows_of = defaultdict(list)
     for row in predictions:
@@ -528,6 +609,10 @@ def evaluate(config: EvaluateConfig) -> dict:
         "truth": f"exact ({config.truth})" if config.truth else f"detector ({Path(config.judge.weights).name}, judge)",
         "words_in_range": ranges,
     }
+    if config.probes:
+        add_probes(config, folders, entries, *planned, rows_of, metrics["systems"])
+    if config.twins:
+        left_out |= add_twins(config, folders, entries, limits, rows_of, metrics["systems"])
     if second:
         metrics["agreed"] = score_agreed(config, list(folders), rows_of, truth, second, ranges)
     write_json(out / "metrics.json", metrics, indent=1)

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 
+from evaluation.probes import KINDS
 from evaluation.scoring import METRICS, Truth, score_text
 from pages.render import highlight, render
 from stage3.grpo_reward_func import label_facts
@@ -9,6 +10,7 @@ from stage3.mentions import find_mentions
 
 IN_DIFFERENCES = ("words", "recall", "safety_recall", "chair_i", "trap_told", "trap_invented", "wrong_claims", "order",
                   "nll")  # columns of the table of differences
+PROBED = ("told", "statement", "swapped")  # ways in which a probe is answered
 
 
 def cell(block: dict, key: str) -> str:
@@ -65,7 +67,7 @@ def all_tables(metrics: dict) -> list[list[list[str]]]:
         tables += [table_of_mode(metrics, mode, "content"), table_of_mode(metrics, mode, "form")]
     if metrics["differences"]:
         tables += [differences_of_mode(metrics, mode) for mode in metrics["words_in_range"]]
-    return tables
+    return tables + probe_tables(metrics) + twin_tables(metrics)
 
 
 def slice_tables(metrics: dict) -> list[list[list[str]]]:
@@ -87,6 +89,43 @@ def agreed_tables(metrics: dict) -> list[list[list[str]]]:
     if "agreed" not in metrics:
         return []
     return [table_of_mode(metrics | metrics["agreed"], mode, "content") for mode in metrics["words_in_range"]]
+
+
+def share_cell(found: dict | None, key: str) -> str:
+    """A share of evaluation/probes.py as a cell; a dash where there is none."""
+    if not found:
+        return "–"
+    value, low, high = found[key]
+    return f"{value:.2f} ±{(high - low) / 2:.2f}".replace("±0", "±")
+
+
+def probe_tables(metrics: dict) -> list[list[list[str]]]:
+    """Per mode: the share of probes that each system answers rightly; none without `--probes`."""
+    tables = []
+    for mode in metrics["words_in_range"]:
+        rows = [[f"{mode.capitalize()}, probes", *(f"{how}, {kind}" for how in PROBED for kind in KINDS)]]
+        for name, systems_block in metrics["systems"].items():
+            if probes := systems_block[mode].get("probes"):
+                cells = [share_cell(probes.get(how, {}).get(kind), "right") for how in PROBED for kind in KINDS]
+                rows.append([name, *cells])
+        tables += [rows] if len(rows) > 1 else []
+    return tables
+
+
+def twin_tables(metrics: dict) -> list[list[list[str]]]:
+    """Per mode: how often a class is told in the clip and in the twin that lacks it; none without `--twins`."""
+    tables = []
+    for mode in metrics["words_in_range"]:
+        rows = []
+        for name, systems_block in metrics["systems"].items():
+            if twins := systems_block[mode].get("twins"):
+                counts = [f"{part} ({twins[part]['twins']})" for part in twins]
+                rows = rows or [[f"{mode.capitalize()}, twins", *(f"{what}, {part}" for part in counts for what in (
+                    "told", "still told", "right"))]]
+                rows.append([name, *(share_cell(twins[part], key) for part in twins
+                                     for key in ("told", "still_told", "right"))])
+        tables += [rows] if rows else []
+    return tables
 
 
 def bars_of_mode(metrics: dict, mode: str, key: str) -> list[dict]:

@@ -371,6 +371,8 @@ class EvaluateConfig(RewardKeys, DataKeys):
     baseline: str = ""  # metrics.json of an earlier run: exit 1 where something got worse beyond its interval
     clips: str = ""  # folder of clips without captions: ask about them instead of the held-out ones of `data`
     caption_metrics: bool = False  # also BLEU, ROUGE-L and CIDEr against the held-out captions
+    probes: bool = False  # also ask, of every clip, about a class that it shows and one that it does not
+    twins: str = ""  # JSON of clips that lack one object of a held-out clip, as the toy world writes it: is it told?
     truth: str = ""  # file of exact truth, as the toy world writes it; without it, the judge's evidence is the truth
     # detector that judges where there is no exact truth
     judge: DetectorSettings = field(default_factory=judge_defaults)
@@ -408,6 +410,8 @@ class EvaluateConfig(RewardKeys, DataKeys):
             found += self.second_judge.problems("second_judge")
         if self.clips and self.caption_metrics:
             found.append("caption_metrics: needs captions, and the clips of --clips have none")
+        if self.clips and self.probes:
+            found.append("probes: needs captions, and the clips of --clips have none")
         return super().problems() + found + ([] if self.truth else self.judge.problems("judge"))
 
     def sheet_problems(self):
