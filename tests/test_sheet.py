@@ -253,7 +253,8 @@ def row(system, video, mode, text, sample=0):
 def test_clips_and_sides_are_drawn_by_seed():
     predictions = [row(system, f"{i}.mp4", mode, f"{system} {i} {mode}") for system in ("old", "new", "other")
                    for i in range(30) for mode in ("microscope", "copilot")]
-    predictions += [row("old", "30.mp4", "copilot", "a car"), row("new", "0.mp4", "copilot", "sampled", sample=1)]
+    predictions += [row("old", "30.mp4", mode, "a car") for mode in ("microscope", "copilot")]  # by one system only
+    predictions += [row("new", "0.mp4", "copilot", "sampled", sample=1)]
     answers = find_answers(predictions, ["old", "new"])
     assert len(comparable_clips(answers, ["microscope", "copilot"])) == 30
     items = draw_items(answers, ["old", "new"], ["microscope", "copilot"], 20, seed=1)
