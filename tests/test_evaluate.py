@@ -20,7 +20,7 @@ from evaluate import change_frames, constant_caption, evaluate
 from evaluation.best_of import BestOf
 from evaluation.captions import add_bleu, add_caption_scores
 from evaluation.judges import agreed_truth, agreement, kappa
-from evaluation.report import cell, marked, table
+from evaluation.report import cell, differences_of_mode, marked, table
 from evaluation.scoring import (
     Truth,
     count_claims,
@@ -216,6 +216,18 @@ def test_paired_differences_are_of_the_same_draws():
     draws = draw_clips(10, 42)
     assert (values[1]["copilot"]["chair_i"] - values[0]["copilot"]["chair_i"]) == pytest.approx(draws[:, 5] / 10)
     assert difference(values[0], values[0])["copilot"]["recall"] == [0, 0, 0]
+
+
+def test_a_difference_is_bold_where_its_interval_leaves_out_0():
+    changes = {"words": [-1, -2.0, -0.5], "recall": [0.1, 0.05, 0.2], "chair_i": [0.1, 0, 0.2],
+               "wrong_claims": [0.5, 0.4, 0.6]}
+    changes |= {key: [0, 0, 0] for key in ("safety_recall", "order")}
+    sums = {"mentions": 3, "safety_classes": 0, "order_pairs": 0}
+    systems = {"a": {"copilot": sums | {"claims": 3}}, "b": {"copilot": sums | {"claims": 0}}}
+    metrics = {"systems": systems, "differences": [{"before": "a", "after": "b", "copilot": changes}]}
+    head, row = differences_of_mode(metrics, "copilot")
+    assert head == ["Copilot, change", "words", "R", "CHAIRi", "wrong"]
+    assert row == ["a → b", "**-1.0 [-2.0, -0.5]**", "**+0.10 [+0.05, +0.20]**", "+0.10 [+0.00, +0.20]", "–"]
 
 
 def test_slices_are_parts_of_the_clips():
