@@ -1,7 +1,7 @@
 """What stage 3 is compared with, beyond its own keys: rewards and evidence of placebos and of a published baseline.
 
-    python train_stage3.py --reward bench.baselines:style_alone --reward_weights temporal 0.55 detail 0.45
-    python train_stage3.py --reward bench.baselines:chair_alone --reward_weights chair 1 --objective dpo \\
+    python train_stage3.py --reward bench.baselines:style_alone --reward_weights "{temporal: 0.55, detail: 0.45}"
+    python train_stage3.py --reward bench.baselines:chair_alone --reward_weights "{chair: 1}" --objective dpo \\
         --sample_from reference
     python -m bench.baselines --config configs/demo/stage3.yaml --output_dir output/demo/swapped
     python train_stage3.py --config output/demo/swapped/stage3.yaml

@@ -43,12 +43,16 @@ BASELINES = {
     "raft": ["--objective", "raft", "--learning_rate", "2e-3"],
     "dpo": ["--objective", "dpo", "--sample_from", "reference", "--learning_rate", "5e-4"],
 }
+# {name: flags}: rewards that do not look, or look elsewhere; bench/baselines.py explains them
 PLACEBOS = {
-    "style only": ["--reward", "bench.placebo_rewards:style_alone", "--stop_when_blind", "none"],
+    "style_alone": ["--reward", "bench.baselines:style_alone", "--reward_weights", "{temporal: 0.55, detail: 0.45}"],
+    "other_clip": [],
 }
-PARTS_OF_REWARD = ("objects", "temporal", "detail", "hallucination")
+WEIGHTS = {"objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15}  # the reward's, in all configs
+UNSTOPPED = ["--stop_when_blind", "none", "--max_kl", "none"]  # a run that goes wrong is a result too
 EVALUATE = [PYTHON, "evaluate.py", "--config", f"{C}/stage3.yaml", "--data", f"{OUT}/world/captions.json", "--val_data",
-            f"{OUT}/fresh/captions.json", "--video_root", f"{OUT}/fresh/videos", "--truth", f"{OUT}/fresh/truth.json"]
+            f"{OUT}/fresh/captions.json", "--video_root", f"{OUT}/fresh/videos", "--truth", f"{OUT}/fresh/truth.json",
+            "--evidence_cache", f"{OUT}/evidence_fresh"]
 
 
 def folder_of(seed: int, name: str) -> Path:
@@ -76,7 +80,7 @@ def evaluation(name: str, title: str, systems: dict[str, Path], flags: list[str]
     """One evaluate.py on the fresh clips. `rows`: systems that answer, for the estimate of time."""
     command = [*EVALUATE, "--output_dir", str(RESULTS / name), "--checkpoint",
                *(f"{system}={folder}" for system, folder in systems.items()), *flags]
-    return Part(f"eval-{name}", title, command, RESULTS / name, 45.0 * rows, needs=("fresh", *needs))
+    return Part(f"eval-{name}", title, command, RESULTS / name, 45.0 * rows, needs=("detect-fresh", *needs))
 
 
 def seed_parts(seed: int) -> list[Part]:
@@ -93,7 +97,7 @@ def seed_parts(seed: int) -> list[Part]:
     parts.append(training(seed, "longer", "stage 2 for as long as stages 2 and 3 take", longer, (stage1,), 300,
                           "train_stage2.py", f"{C}/stage2.yaml"))
     for name, flags in BASELINES.items():
-        parts.append(training(seed, name, f"{name} instead of GRPO", flags, (stage2, "detect"), 178))
+        parts.append(training(seed, name, f"{name} instead of GRPO", [*flags, *UNSTOPPED], (stage2, "detect"), 178))
     names = ["stage2", "longer", *BASELINES, "stage3"]
     systems = {name: folder_of(seed, name) for name in names}
     pairs = [f"{name}:stage3" for name in ("stage2", "longer", "best-of-8", *BASELINES)]
@@ -119,19 +123,23 @@ def look_parts() -> list[Part]:
 
 def ablation_parts() -> list[Part]:
     """Placebos, and each part of the reward removed."""
-    parts, weights = [], {"objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15}
-    runs = {name: flags for name, flags in PLACEBOS.items()}
-    for removed in PARTS_OF_REWARD:
-        flags = []
-        for part, weight in weights.items():
-            flags += [f"--reward_weights.{part}", "0.0" if part == removed else str(weight)]
-        runs[f"without {removed}"] = flags
+    other = RESULTS / "evidence_of_others"
+    command = [PYTHON, "-m", "bench.baselines", "--config", f"{C}/stage3.yaml", "--output_dir", str(other)]
+    parts = [Part("evidence-of-others", "Evidence of another clip for each clip", command, other, 8, needs=("detect",))]
+    runs = dict(PLACEBOS)
+    for removed in WEIGHTS:
+        rest = 1 - WEIGHTS[removed]  # the others' weights still sum to 1
+        weights = {name: 0 if name == removed else round(weight / rest, 4) for name, weight in WEIGHTS.items()}
+        table = ", ".join(f"{name}: {weight}" for name, weight in weights.items())
+        runs[f"without_{removed}"] = ["--reward_weights", "{" + table + "}"]
     for name, flags in runs.items():
-        parts.append(training(DEMO_SEED, name.replace(" ", "_"), name, flags, ("stage2", "detect"), 178))
-    systems = {"stage2": OUT / "stage2", "stage3": OUT / "stage3"}
-    systems |= {name.replace(" ", "_"): folder_of(DEMO_SEED, name.replace(" ", "_")) for name in runs}
+        needs, config = ("stage2", "detect"), f"{C}/stage3.yaml"
+        if name == "other_clip":
+            needs, config = ("stage2", "evidence-of-others"), str(other / "stage3.yaml")
+        parts.append(training(DEMO_SEED, name, name.replace("_", " "), [*flags, *UNSTOPPED], needs, 178, config=config))
+    systems = {"stage2": OUT / "stage2", "stage3": OUT / "stage3"} | {name: folder_of(DEMO_SEED, name) for name in runs}
     parts.append(evaluation("ablations", "Placebos, and parts of the reward removed", systems, [],
-                            ["stage2", "stage3", *(part.name for part in parts)], len(systems) + 3))
+                            ["stage2", "stage3", *(f"{DEMO_SEED}-{name}" for name in runs)], len(systems) + 3))
     return parts
 
 
@@ -146,7 +154,7 @@ def fault_parts() -> list[Part]:
         parts.append(Part(f"faults-{name}", f"Evidence with faults: {name}",
                           [PYTHON, "-m", "demo.detector_faults", *flags, "--output_dir", str(folder)], folder, 8,
                           needs=("detect",)))
-        parts.append(training(DEMO_SEED, name, f"stage 3 with this evidence: {name}", [],
+        parts.append(training(DEMO_SEED, name, f"stage 3 with this evidence: {name}", UNSTOPPED,
                               ("stage2", f"faults-{name}"), 178, config=str(folder / "stage3.yaml")))
         systems[name] = folder_of(DEMO_SEED, name)
     parts.append(evaluation("faults", "Stage 3 by a detector with faults", systems, [],
@@ -157,7 +165,7 @@ def fault_parts() -> list[Part]:
 def over_parts() -> list[Part]:
     """Four times the steps: where does it stop being better?"""
     steps = ["--max_steps", str(OVER_STEPS), "--eval_every", str(OVER_EVERY), "--save_every", str(OVER_EVERY),
-             "--keep_checkpoints", "99", "--keep_best", "true", "--stop_when_blind", "none", "--max_kl", "none"]
+             "--keep_checkpoints", "99", "--keep_best", "true", *UNSTOPPED]
     run = training(DEMO_SEED, "over", "four times the steps of stage 3", steps, ("stage2", "detect"), 720)
     systems = {"stage2": OUT / "stage2"}
     for step in range(OVER_EVERY, OVER_STEPS + 1, OVER_EVERY):
@@ -171,7 +179,11 @@ def fresh_parts() -> list[Part]:
     folder = OUT / "fresh"
     return [Part("fresh", f"{FRESH_CLIPS} fresh clips, and twins that lack an object",
                  [PYTHON, "-m", "demo.world", "--output_dir", str(folder), "--num_clips", str(FRESH_CLIPS), "--seed",
-                  str(FRESH_SEED), "--held_out", "true", "--twins", "true"], folder, 30, needs=("world",))]
+                  str(FRESH_SEED), "--held_out", "true", "--twins", "true"], folder, 30, needs=("world",)),
+            Part("detect-fresh", "What the detector sees in them, to choose the best of 8 answers by",
+                 [PYTHON, "-m", "stage3.detect_objects", "--config", f"{C}/stage3.yaml", "--data",
+                  f"{folder}/captions.json", "--video_root", f"{folder}/videos", "--evidence_cache",
+                  f"{OUT}/evidence_fresh"], OUT / "evidence_fresh", 40, needs=("fresh", "detector"))]
 
 
 GROUPS = {"table": table_parts, "look": look_parts, "ablations": ablation_parts, "faults": fault_parts,

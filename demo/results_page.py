@@ -25,10 +25,10 @@ from demo.results import (
     OUT,
     OVER_EVERY,
     OVER_STEPS,
-    PARTS_OF_REWARD,
     PLACEBOS,
     RESULTS,
     SEEDS,
+    WEIGHTS,
     all_parts,
     folder_of,
     marks_of,
@@ -185,9 +185,9 @@ def watching(log: list[dict]) -> str:
 
 
 def ablations_section(metrics: dict) -> str:
-    names = ["stage2", "stage3", *(name.replace(" ", "_") for name in PLACEBOS),
-             *(f"without_{part}" for part in PARTS_OF_REWARD)]
-    text = "## Placebos, and each part of the reward removed\n\nSeed 42.\n\n"
+    names = ["stage2", "stage3", *PLACEBOS, *(f"without_{part}" for part in WEIGHTS)]
+    text = ("## Placebos, and each part of the reward removed\n\nSeed 42. `style_alone` believes all that is said "
+            "(`bench/baselines.py`); `other_clip` checks a training clip's answers against another clip's boxes.\n\n")
     return text + "\n".join(systems_table(metrics, names, mode) for mode in MODES) + "\n"
 
 

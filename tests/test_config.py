@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import errno
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -227,6 +228,19 @@ def test_help_names_every_key_with_its_current_value(tmp_path, capsys):
         assert f"--{key}" in text, key
     assert "default: 1234)" in " ".join(text.split())
     assert "peak learning rate" in text and "--detector.image_size" in text
+
+
+def test_a_flag_may_give_a_whole_table():
+    """Single entries are changed by --reward_weights.objects 0; other names need the whole table."""
+    config = load_config(configs.Stage3Config, ["--reward_weights", "{chair: 1, style: 0.5}"])
+    assert config.reward_weights == {"chair": 1.0, "style": 0.5}
+    assert load_config(configs.Stage3Config, ["--max-new-tokens", "{copilot: 9}"]).max_new_tokens == {"copilot": 9}
+    for flags, said in ((["--reward_weights", "{chair: x}"], "--reward_weights: .*'x'"),
+                        (["--reward_weights", "{chair"], "--reward_weights: "), (["--no_flag", "{a: 1}"], "no_flag"),
+                        (["--seed", "{a: 1}"], "--seed: ")):
+        with pytest.raises(ConfigError) as error:
+            load_config(configs.Stage3Config, flags)
+        assert re.search(said, error.value.text)
 
 
 # ---- what is shipped -------------------------------------------------------------------------------------------------

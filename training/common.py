@@ -168,6 +168,9 @@ def load_config(cls, argv=None, *, default_config=None, description=None):
         with reader_may_leave():
             tyro.cli(cls, args=["--help"], default=config, description=about, use_underscores=True)
     for name, values in _split_flags(argv):
+        if len(values) == 1 and values[0].startswith("{"):  # a table, as in YAML: tyro only changes entries
+            config = _read_table(cls, config, name[2:].replace("-", "_"), values[0], problems)
+            continue
         flag = _as_tyro_spells_it(config, name, values)
         try:  # one flag at a time, as tyro stops at the first problem
             with contextlib.redirect_stderr(io.StringIO()) as message:
@@ -219,6 +222,23 @@ def _read_yaml(cls, path, problems):
     config = OmegaConf.to_object(config)
     problems += [f"{path}: {text}" for text in impossible_values(dataclasses.asdict(config))]
     return config
+
+
+def _read_table(cls, config, key, text, problems):
+    """`config` with the table that a flag gives, `--reward_weights "{objects: 1}"`, in place of its old one."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if key not in cls.__dataclass_fields__:
+        problems.append(f"command line: unknown flag --{key}{_nearest(key, config)}")
+        return config
+    try:
+        table = OmegaConf.to_container(OmegaConf.create(text))
+        return OmegaConf.to_object(_with_value(cls, OmegaConf.structured(config), key, table))
+    except (YAMLError, ValueError, OmegaConfBaseException) as error:
+        problems.append(f"command line: --{key}: {str(error).splitlines()[0]}")
+        return config
 
 
 def _with_value(cls, config, key, value):
