@@ -423,6 +423,9 @@ def test_the_nll_is_the_one_of_the_loss(config):
     # without the banned ids, the forward pass gives every token a little less
     assert row["nll"] == pytest.approx(out["loss_sum"].item(), rel=0.02) and row["nll"] <= out["loss_sum"].item() + 1e-3
     assert metrics["systems"]["reference"][entry.mode]["nll"] > 0
+    whole, cut = (program.answer_ids(model, entry.question, {"text": "A car.", "ended": ended})
+                  for ended in (True, False))
+    assert whole[:-1] == cut and whole[-1] in model.end_ids  # an answer that was cut off has no end token
 
 
 def test_clips_without_captions_are_asked_about(config, tiny, tmp_path):
