@@ -217,12 +217,15 @@ def test_the_sheet_can_be_answered_by_keyboard_alone(page):
     def at():
         return page.js("(document.activeElement.closest('fieldset') || document.activeElement).id")
 
+    choose(page, "q1B2", "cannot tell")
+    page.js("document.activeElement.blur()")
     page.press("2", "Digit2")
-    assert chosen(page) == {}  # the first open question is a preference
+    assert chosen(page) == {"q1B2": "cannot tell"}  # the first open question is a preference
     page.press("b", "KeyB")
-    assert chosen(page) == {"q1": "B"} and at() == "q1A1"
-    page.press("!", "Digit1", shift=True)  # this car, the other car of A, and those of B and of the copilot line
-    assert chosen(page) == {"q1": "B", **dict.fromkeys(("q1A1", "q1A4", "q1B2", "q2A1"), "there")} and at() == "q1A2"
+    assert chosen(page) == {"q1": "B", "q1B2": "cannot tell"} and at() == "q1A1"
+    page.press("!", "Digit1", shift=True)  # this car, the other of A, that of the copilot line; that of B has its mark
+    assert chosen(page) == {"q1": "B", "q1B2": "cannot tell", "q1A1": "there", "q1A4": "there", "q2A1": "there"}
+    assert at() == "q1A2"
     page.press("2", "Digit2")
     page.press("3", "Numpad3")
     assert at() == "q1B1" and chosen(page)["q1A3"] == "cannot tell"
@@ -237,7 +240,7 @@ def test_the_sheet_can_be_answered_by_keyboard_alone(page):
     assert page.js("[...document.querySelectorAll('section')].map(clip => clip.hidden)") == [True, False]
     for key, code in (("a", "KeyA"), ("1", "Digit1"), ("s", "KeyS"), ("1", "Digit1"), ("2", "Digit2"), ("3", "Digit3")):
         page.press(key, code)
-    assert chosen(page) == ALL | {"q1A3": "there"}
+    assert chosen(page) == ALL | {"q1A3": "there", "q1B2": "cannot tell"}
     page.js("document.querySelector('#rater').focus()")
     page.press("p", "KeyP")  # a letter of the name, no command
     assert page.js("document.querySelector('#rater').value") == "p"
