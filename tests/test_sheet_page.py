@@ -275,6 +275,10 @@ def test_no_name_no_file_and_a_browser_that_keeps_nothing_says_so(page, tmp_path
     assert "Write your name first" in page.js("document.querySelector('#message').textContent")
     click(page, "#start_over")
     assert chosen(page) == {} and page.js("document.querySelector('#count').textContent") == "0 of 14 answered"
+    click(page, "#rater")
+    page("Input.insertText", text="Ben")
+    page("Page.reload")
+    page.wait("document.readyState === 'complete' && document.querySelector('#rater').value === 'Ben'")
     page.js("Storage.prototype.setItem = () => { throw new Error('full'); }")
     choose(page, "q1", "B")
     assert chosen(page) == {"q1": "B"}
