@@ -20,7 +20,8 @@ from evaluation.scoring import METRICS
 from training.common import read_jsonl
 
 OUT, DOCS = Path("output/demo"), Path("docs")
-COLUMNS = {"recall": "recall", "chair_i": "CHAIRi", "wrong_claims": "wrong claims", "order": "order"}
+COLUMNS = {"recall": "recall", "chair_i": "CHAIRi", "trap_told": "companions told", "wrong_claims": "wrong claims",
+           "order": "order"}
 
 
 def readme_table(metrics: dict) -> str:

@@ -199,13 +199,14 @@ def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, mo
 
 
 def test_the_readme_table_shows_a_dash_where_a_number_means_nothing():
-    block = {"recall": 0.5, "chair_i": 0.25, "wrong_claims": 0.75, "order": 0.0, "mentions": 3, "claims": 4,
-             "order_pairs": 0, "interval": {"recall": [0.4, 0.6], "chair_i": [0.2, 0.4], "wrong_claims": [0.7, 0.9],
-                                            "order": [0.0, 0.0]}}
-    copilot = {**block, "order_pairs": 2, "claims": 0}
+    block = {"recall": 0.5, "chair_i": 0.25, "wrong_claims": 0.75, "order": 0.0, "trap_told": 1.0, "mentions": 3,
+             "claims": 4, "order_pairs": 0, "traps_there": 2,
+             "interval": {"recall": [0.4, 0.6], "chair_i": [0.2, 0.4], "wrong_claims": [0.7, 0.9],
+                          "order": [0.0, 0.0], "trap_told": [1.0, 1.0]}}
+    copilot = {**block, "order_pairs": 2, "claims": 0, "traps_there": 0}
     row = readme_table({"systems": {"blank": {"microscope": block, "copilot": copilot}}})
-    assert row.splitlines()[-1] == ("| blank | 0.50 ± 0.10 | 0.25 ± 0.10 | 0.75 ± 0.10 | – | 0.50 ± 0.10 | "
-                                    "0.25 ± 0.10 | – | 0.00 ± 0.00 |")
+    assert row.splitlines()[-1] == ("| blank | 0.50 ± 0.10 | 0.25 ± 0.10 | 1.00 ± 0.00 | 0.75 ± 0.10 | – | "
+                                    "0.50 ± 0.10 | 0.25 ± 0.10 | – | – | 0.00 ± 0.00 |")
 
 
 # ---- Ctrl-C, and the estimate of the time left -----------------------------------------------------------------------
