@@ -12,6 +12,8 @@ docs/results.md and its figures from the metrics.json files (demo/results_page.p
 
 import argparse
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from demo.run import (
@@ -220,9 +222,7 @@ def main(argv=None) -> None:
         run_at_once(parts, args.jobs)
     else:
         run_parts(parts)
-    from demo.results_page import write_page  # matplotlib only where it is needed
-
-    print(f"\nThe results: {write_page(args.seeds)}")
+    sys.exit(subprocess.call([PYTHON, "-m", "demo.results_page", "--seeds", *map(str, args.seeds)]))
 
 
 if __name__ == "__main__":

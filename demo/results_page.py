@@ -5,6 +5,7 @@
 Every number comes from a metrics.json of evaluate.py or a metrics.jsonl of train_stage3.py; nothing is typed in.
 """
 
+import argparse
 import json
 import platform
 import statistics
@@ -34,6 +35,7 @@ from demo.results import (
     marks_of,
     seconds_taken,
 )
+from evaluation.report import markdown, probe_tables, twin_tables
 from evaluation.scoring import METRICS
 from training.common import git_commit, read_jsonl, write_text
 
@@ -50,8 +52,7 @@ def read_metrics(name: str) -> dict | None:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines) + "\n"
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])
 
 
 def number(block: dict, key: str) -> str:
@@ -65,8 +66,10 @@ def number(block: dict, key: str) -> str:
 
 def systems_table(metrics: dict, systems: list[str], mode: str, columns=COLUMNS) -> str:
     """One run of evaluate.py: a row per system, each number with its interval over clips."""
-    rows = [[name, *(number(metrics["systems"][name][mode], key) for key in columns)]
-            for name in systems if name in metrics["systems"]]
+    rows = []
+    for name in systems:
+        if name in metrics["systems"]:
+            rows.append([name, *(number(metrics["systems"][name][mode], key) for key in columns)])
     return table([mode.capitalize(), *columns.values()], rows)
 
 
@@ -91,8 +94,10 @@ def over_seeds(runs: list[dict], system: str, mode: str, key: str) -> str:
 def seeds_tables(runs: list[dict]) -> str:
     text = ""
     for mode in MODES:
-        rows = [[title, *(over_seeds(runs, name, mode, key) for key in COLUMNS)]
-                for name, title in SYSTEMS.items() if all(name in run["systems"] for run in runs)]
+        rows = []
+        common = set.intersection(*(set(run["systems"]) for run in runs))
+        for name in (name for name in SYSTEMS if name in common):
+            rows.append([SYSTEMS[name], *(over_seeds(runs, name, mode, key) for key in COLUMNS)])
         text += table([mode.capitalize(), *COLUMNS.values()], rows) + "\n"
     return text
 
@@ -170,18 +175,22 @@ def look_section(metrics: dict) -> str:
         for stage in ("stage1", "stage2", "stage3"):
             names += [stage, *(how if stage == "stage2" else f"{stage}/{how}" for how in CONTROLS)]
         text += systems_table(metrics, names, mode, columns) + "\n"
+    text += "Two questions about each clip, and clips that lack one object ([evaluation.md](evaluation.md)):\n\n"
+    text += "\n".join(map(markdown, probe_tables(metrics) + twin_tables(metrics))) + "\n"
     return text + watching(read_jsonl(OUT / "stage3" / "metrics.jsonl"))
 
 
 def watching(log: list[dict]) -> str:
     """The lead of the own clip over another clip and over grey frames, during stage 3."""
-    keys = sorted({key for row in log for key in row if key.startswith("eval_gap_")})
-    rows = [row for row in log if all(key in row for key in keys)] if keys else []
-    if not rows:
+    seen = [row for row in log if "eval_reward_microscope" in row]
+    keys = [key for key in seen[0] if key.startswith("eval_gap_")] if seen else []
+    if not keys:
         return ""
+    rows = []
+    for row in seen:
+        rows.append([str(row["step"]), *(f"{row[key]:.3f}" for key in keys)])
     return ("During stage 3, how much more an answer to the own clip is paid than an answer to another clip or to grey "
-            "frames (held-out clips):\n\n" + table(["step", *keys], [
-                [str(row["step"]), *(f"{row[key]:.3f}" for key in keys)] for row in rows]) + "\n")
+            "frames (held-out clips):\n\n" + table(["step", *keys], rows) + "\n")
 
 
 def ablations_section(metrics: dict) -> str:
@@ -320,5 +329,12 @@ pedestrian at a red light, a car behind a bus.
     return path
 
 
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.results_page", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the first table")
+    print(f"the results: {write_page(parser.parse_args(argv).seeds)}")
+
+
 if __name__ == "__main__":
-    print(write_page())
+    main()

@@ -43,7 +43,8 @@ class BestOf:
         """Changes with all that a choice depends on beside the answers: evidence, weights, the code of the reward."""
         module = importlib.import_module(self.config.reward.partition(":")[0])
         code = [file_sha256(file) for file in sorted(Path(module.__file__).parent.glob("*.py"))]
-        evidence = [evidence_dict(self.evidence[video]) for video in sorted({entry.video for entry in entries})]
+        videos = sorted({entry.video for entry in entries})
+        evidence = [evidence_dict(self.evidence[video]) for video in videos]
         content = [self.config.reward, self.config.reward_weights, code, evidence]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 

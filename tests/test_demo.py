@@ -158,7 +158,8 @@ def metrics_of_a_run(systems, value):
     change = {key: [0.1, -0.2, 0.3] for key in keys} | {"recall": [-0.2, -0.3, -0.1]}
     pairs = [{"before": name, "after": "stage3", "microscope": change, "copilot": change} for name in systems]
     systems = dict.fromkeys(systems, modes)
-    return {"systems": systems, "differences": pairs, "agreed": {"systems": systems}}
+    return {"systems": systems, "differences": pairs, "agreed": {"systems": systems},
+            "words_in_range": {mode: [1, 9] for mode in modes}}
 
 
 def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, monkeypatch):
