@@ -216,7 +216,7 @@ SAVES = """
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 def save(*_):
-    time.sleep(1)
+    time.sleep(4)
     (folder / "saved").write_text("")
     sys.exit(130)
 signal.signal(signal.SIGINT, save)
