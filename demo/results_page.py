@@ -134,9 +134,11 @@ def draw_tradeoff(runs: list[dict], file: Path) -> None:
         for name, marker in zip(SYSTEMS, "os^Dv*P", strict=False):
             blocks = [run["systems"][name][mode] for run in runs if name in run["systems"]]
             if blocks:
-                colour = BLUE if name == "stage3" else ORANGE if name == "stage2" else GREY
-                axis.scatter([block["trap_invented"] for block in blocks], [block["trap_told"] for block in blocks],
-                             marker=marker, s=70, color=colour, label=name, alpha=0.85, edgecolor="white")
+                colour, size = {"stage3": (BLUE, 190), "stage2": (ORANGE, 70)}.get(name, (GREY, 70))
+                invented = [block["trap_invented"] for block in blocks]
+                told = [block["trap_told"] for block in blocks]
+                axis.scatter(invented, told, marker=marker, s=size, color=colour, label=name, alpha=0.85,
+                             edgecolor="white")
         axis.set(title=mode.capitalize(), xlabel="companions invented (of those not there)", xlim=(-0.04, 1.04),
                  ylim=(-0.04, 1.04))
         axis.grid(alpha=0.25)
