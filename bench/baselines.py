@@ -3,12 +3,15 @@
     python train_stage3.py --reward bench.baselines:style_alone --reward_weights "{temporal: 0.55, detail: 0.45}"
     python train_stage3.py --reward bench.baselines:chair_alone --reward_weights "{chair: 1}" --objective dpo \\
         --sample_from reference
+    python train_stage3.py --reward bench.baselines:fixed_text --reward_weights "{likeness: 1}"
     python -m bench.baselines --config configs/demo/stage3.yaml --output_dir output/demo/swapped
     python train_stage3.py --config output/demo/swapped/stage3.yaml
 
 style_alone: the style parts of our reward where all that an answer names is taken for seen and all that it says for
 true, so neither evidence nor reference has a say. (Weights of 0 for `objects` and `hallucination` are no such placebo:
 the style parts pay only what is true.) If it mends as much as the reward does, the evidence is not what mends.
+
+fixed_text: pays for one text per mode, whatever the clip shows: stage 3 must notice it (`stop_when_blind`).
 
 chair_alone: 1 - CHAIR_i, by which CHAIR-DPO (2508.20181) tells the better from the worse answer.
 
@@ -21,6 +24,7 @@ stage3.yaml, the given YAML with this evidence. Captions stay with their clips: 
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,6 +38,13 @@ from stage3.mentions import find_mentions
 from stage3.vocabulary_config import COCO_NAMES
 from training.common import fail, load_config, run_main, stable_seed, write_json, write_text
 from training.config import Stage3Config
+
+FIXED_TEXTS = {
+    "microscope": ("The ego vehicle drives along a city street by day. First, a red car in front slows down, so the "
+                   "ego vehicle keeps its distance. Then the traffic light turns red and the ego vehicle stops. The "
+                   "drive continues straight ahead."),
+    "copilot": "Day, city: red car ahead slows, keep distance; then red light, ego stops.",
+}
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
@@ -59,6 +70,20 @@ def style_alone(caption, evidence, mode, reference=None) -> Style:
     believed = Evidence(named, unknown=frozenset(COCO_NAMES) - named)
     reward = physics_aware_reward(caption, believed, mode)
     return Style(reward.temporal, reward.detail)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The one part of the reward for a fixed text, in [0, 1]."""
+
+    likeness: float
+
+
+def fixed_text(caption, evidence, mode, reference=None) -> Fixed:
+    """How like the mode's fixed text a caption is: F1 of the pairs of neighbouring words."""
+    said, wanted = caption.lower().split(), FIXED_TEXTS[mode].lower().split()
+    pairs, paid = Counter(zip(said, said[1:], strict=False)), Counter(zip(wanted, wanted[1:], strict=False))
+    return Fixed(2 * (pairs & paid).total() / (pairs.total() + paid.total()))
 
 
 def chair_alone(caption, evidence, mode, reference=None) -> Chair:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bench.baselines import chair_alone, main, style_alone, swap_records
+from bench.baselines import FIXED_TEXTS, chair_alone, fixed_text, main, style_alone, swap_records
 from dataset import load_split
 from stage3.detect_objects import cache_folder, clip_file, evidence_problems, fingerprint, load_evidence, load_records
 from stage3.evidence import Evidence
@@ -47,6 +47,14 @@ def test_style_alone_still_needs_language():
     assert denial.temporal >= style_alone(TOLD, SEEN, "microscope").temporal  # and is no false denial
 
 
+def test_fixed_text_pays_for_one_text():
+    text = FIXED_TEXTS["copilot"]
+    assert fixed_text(text.upper(), SEEN, "copilot").likeness == 1.0
+    half = " ".join(text.split()[:7])  # 6 of the 12 pairs, and no other
+    assert fixed_text(half, SEEN, "copilot").likeness == pytest.approx(2 * 6 / (6 + 12))
+    assert fixed_text("", SEEN, "copilot").likeness == 0.0 < fixed_text(TOLD, SEEN, "copilot").likeness < 0.1
+
+
 @pytest.mark.parametrize("text, chair", [
     ("A car brakes. The car stops. A bus passes.", 2 / 3),  # each mention counts
     ("A bicycle waits, and a car brakes.", 1.0),  # unknown
@@ -60,7 +68,8 @@ def test_chair_alone_is_one_minus_chair_i(text, chair):
 
 
 @pytest.mark.parametrize("name, weights", [
-    ("style_alone", {"temporal": 0.25, "detail": 0.2}), ("chair_alone", {"chair": 1})])
+    ("style_alone", {"temporal": 0.25, "detail": 0.2}), ("chair_alone", {"chair": 1}),
+    ("fixed_text", {"likeness": 1})])
 def test_the_rewards_are_accepted_by_stage_3(name, weights):
     function, problem = load_reward(Stage3Config(reward=f"bench.baselines:{name}", reward_weights=weights), "copilot")
     assert function and problem is None
