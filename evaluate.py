@@ -65,6 +65,7 @@ from evaluation.probes import (
     read_twins,
     score_probes,
     score_twins,
+    separation,
     told_by,
     twin_entries,
 )
@@ -520,16 +521,17 @@ def plan_probes(config: EvaluateConfig, train, entries, truth) -> tuple[dict, li
     return statements, probes
 
 
-def add_probes(config: EvaluateConfig, folders, entries, statements, probes, rows_of, systems: dict) -> None:
+def add_probes(config: EvaluateConfig, folders, entries, truth, statements, probes, rows_of, systems: dict) -> None:
     """Adds "probes" to each system's blocks, answered by what it told, and by how likely a checkpoint finds statements
     about both classes, shown the clip or another one."""
-    margins = all_margins(config, folders, entries, statements, classes_asked(probes))
+    seed, margins = config.seed, all_margins(config, folders, entries, statements, classes_asked(probes))
     for name, rows in rows_of.items():
         for mode in sorted({entry.mode for entry in entries}):
-            block = {"told": score_probes(probes, told_by(rows, mode), config.seed)}
+            block = {"told": score_probes(probes, told_by(rows, mode), seed)}
             for shown in ("clip", "swapped") if name in margins else ():
-                yes = affirmed(margins[name], mode, shown)
-                block["statement" if shown == "clip" else shown] = score_probes(probes, yes, config.seed)
+                how = "statement" if shown == "clip" else shown
+                block[how] = score_probes(probes, affirmed(margins[name], mode, shown), seed)
+                block[how]["auc"] = separation(margins[name], mode, shown, truth, seed)
             systems[name][mode]["probes"] = block
 
 
@@ -610,7 +612,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         "words_in_range": ranges,
     }
     if config.probes:
-        add_probes(config, folders, entries, *planned, rows_of, metrics["systems"])
+        add_probes(config, folders, entries, truth, *planned, rows_of, metrics["systems"])
     if config.twins:
         left_out |= add_twins(config, folders, entries, limits, rows_of, metrics["systems"])
     if second:

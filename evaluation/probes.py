@@ -216,6 +216,29 @@ def score_probes(probes: list[Probe], yes: dict[str, set[str]], seed: int) -> di
     return block
 
 
+def separation(rows: list[dict], mode: str, shown: str, truth: dict[str, Truth], seed: int) -> list[float] | None:
+    """[AUC, low, high] of one checkpoint's rows of probes.jsonl: the chance that a clip with a class has a higher margin of
+    it than a clip without (a tie counts half), a mean over the classes that were asked about in both kinds of clips. A
+    model that ignores the video has 0.5. None where there is no such class."""
+    rows = [row for row in rows if row["mode"] == mode and row["shown"] == shown]
+    draws, of_class = draw_clips(len(rows), seed), defaultdict(list)  # [B, clips], a row per clip
+    for place, row in enumerate(sorted(rows, key=lambda row: row["video"])):
+        for name, margin in row["margins"].items():
+            of_class[name].append((place, margin, name in truth[row["video"]].present))
+    total, number = np.zeros(len(draws)), np.zeros(len(draws))
+    for asked in of_class.values():
+        place, margin, there = (np.array(column) for column in zip(*asked, strict=True))
+        higher = np.sign(margin[there][:, None] - margin[~there]) / 2 + 0.5  # [clips with it, clips without]
+        first, second = draws[:, place[there]], draws[:, place[~there]]
+        pairs = first.sum(1) * second.sum(1)
+        total += ratio(((first @ higher) * second).sum(1), pairs)
+        number += pairs > 0
+    if not number[0]:
+        return None
+    values = total[number > 0] / number[number > 0]
+    return [round(float(values[0]), 4), *interval_of(values)]
+
+
 def score_twins(twins: list[dict], told: dict[str, set[str]], seed: int) -> dict:
     """How often a class that a twin lacks is told in the clip (`told`), in the twin (`still_told`), and in the clip
     alone (`right`); of all twins, of those where training captions invent the class (`traps`), and the `others`.

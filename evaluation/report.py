@@ -91,23 +91,26 @@ def agreed_tables(metrics: dict) -> list[list[list[str]]]:
     return [table_of_mode(metrics | metrics["agreed"], mode, "content") for mode in metrics["words_in_range"]]
 
 
-def share_cell(found: dict | None, key: str) -> str:
-    """A share of evaluation/probes.py as a cell; a dash where there is none."""
-    if not found:
+def share_cell(share: dict | list[float] | None, key: str = "right") -> str:
+    """A share of evaluation/probes.py, [value, low, high] or such a one in a dict, as a cell; a dash for None."""
+    if not share:
         return "–"
-    value, low, high = found[key]
+    value, low, high = share[key] if isinstance(share, dict) else share
     return f"{value:.2f} ±{(high - low) / 2:.2f}".replace("±0", "±")
 
 
 def probe_tables(metrics: dict) -> list[list[list[str]]]:
-    """Per mode: the share of probes that each system answers rightly; none without `--probes`."""
+    """Per mode: the share of probes that each system answers rightly, and the AUC of its margins; none without
+    `--probes`."""
     tables = []
     for mode in metrics["words_in_range"]:
-        rows = [[f"{mode.capitalize()}, probes", *(f"{how}, {kind}" for how in PROBED for kind in KINDS)]]
+        columns_of = {how: [*KINDS, "auc"] if how != "told" else KINDS for how in PROBED}
+        heads = [f"{how}, {key.replace('auc', 'AUC')}" for how in PROBED for key in columns_of[how]]
+        rows = [[f"{mode.capitalize()}, probes", *heads]]
         for name, systems_block in metrics["systems"].items():
             if probes := systems_block[mode].get("probes"):
-                cells = [share_cell(probes.get(how, {}).get(kind), "right") for how in PROBED for kind in KINDS]
-                rows.append([name, *cells])
+                found = [probes.get(how, {}).get(key) for how in PROBED for key in columns_of[how]]
+                rows.append([name, *(share_cell(share) for share in found)])
         tables += [rows] if len(rows) > 1 else []
     return tables
 

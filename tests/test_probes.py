@@ -25,6 +25,7 @@ from evaluation.probes import (
     score_probes,
     score_twins,
     sentences,
+    separation,
     told_by,
     twin_entries,
 )
@@ -314,6 +315,22 @@ def test_a_model_that_sees_answers_all_probes_and_shown_other_clips_it_does_not(
     assert max(right(score_probes(asked, swapped, 0))) < 0.5
 
 
+def test_separation_worked_out_by_hand():
+    """The car: margins 2 and 1 with it, 1 and 0 without: 3.5 of 4. The bus: 0 of 1. The dog is always there."""
+    truth = {"a": shows("car", "bus", "dog"), "b": shows("car"), "c": shows(), "d": shows("dog")}
+    margin = {"a": {"car": 2.0, "bus": -1.0, "dog": 9.0}, "b": {"car": 1.0, "bus": 0.0}, "c": {"car": 1.0},
+              "d": {"car": 0.0, "dog": 1.0}}
+    rows = [{"video": video, "mode": "copilot", "shown": "clip", "margins": margin[video]} for video in "dabc"]
+    value, low, high = separation(rows, "copilot", "clip", truth, seed=0)
+    assert value == pytest.approx((3.5 / 4 + 0) / 2, abs=1e-4) and low == 0 and high == 1
+    assert separation(rows[1:2], "copilot", "clip", truth, seed=0) is None
+    blind = [row | {"margins": dict.fromkeys(row["margins"], 0.0)} for row in rows]
+    assert separation(blind, "copilot", "clip", truth, seed=0) == [0.5, 0.5, 0.5]
+    other = [{"video": "a", "mode": "copilot", "shown": "swapped", "margins": {"car": -9.0}},
+             {"video": "a", "mode": "microscope", "shown": "clip", "margins": {"car": -9.0}}]
+    assert separation(rows + other, "copilot", "clip", truth, seed=0)[0] == value
+
+
 # ---- files and runs
 
 
@@ -341,7 +358,8 @@ def test_twins_are_asked_each_mode_s_question():
 
 
 def test_cells():
-    assert share_cell({"right": [0.5, 0.4, 0.66]}, "right") == "0.50 ±.13" and share_cell(None, "right") == "–"
+    assert share_cell({"right": [0.5, 0.4, 0.66]}, "right") == "0.50 ±.13" and share_cell(None) == "–"
+    assert share_cell([1.0, 0.0, 1.0]) == "1.00 ±.50"
 
 
 @pytest.fixture
@@ -377,6 +395,8 @@ def test_a_run_asks_probes_and_twins_once(config, tmp_path, monkeypatch):
         assert systems["reference"][mode]["probes"]["told"]["popular"]["right"][0] == 0  # they name the bus, too
         assert systems["prior"][mode]["twins"]["all"]["still_told"][0] == 1
         assert [systems["stage1"][mode]["twins"][part]["twins"] for part in ("all", "traps", "others")] == [3, 1, 2]
+    for how in ("statement", "swapped"):  # the car is in every clip, the bus in none
+        assert systems["stage1"]["copilot"]["probes"][how]["auc"] is None
     rows = [json.loads(line) for line in (tmp_path / "out" / "probes.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 2 * 2 and all(set(row["margins"]) == {"bus", "car"} for row in rows)
     assert len((tmp_path / "out" / "twins.jsonl").read_text().splitlines()) == 3 * 2
