@@ -217,9 +217,9 @@ def score_probes(probes: list[Probe], yes: dict[str, set[str]], seed: int) -> di
 
 
 def separation(rows: list[dict], mode: str, shown: str, truth: dict[str, Truth], seed: int) -> list[float] | None:
-    """[AUC, low, high] of one checkpoint's rows of probes.jsonl: the chance that a clip with a class has a higher margin of
-    it than a clip without (a tie counts half), a mean over the classes that were asked about in both kinds of clips. A
-    model that ignores the video has 0.5. None where there is no such class."""
+    """[AUC, low, high] of one checkpoint's rows of probes.jsonl: the chance that a clip with a class has the higher
+    margin of it, beside a clip without (a tie counts half), a mean over the classes that were asked about in both kinds
+    of clips. A model that ignores the video has 0.5. None where there is no such class."""
     rows = [row for row in rows if row["mode"] == mode and row["shown"] == shown]
     draws, of_class = draw_clips(len(rows), seed), defaultdict(list)  # [B, clips], a row per clip
     for place, row in enumerate(sorted(rows, key=lambda row: row["video"])):
