@@ -38,6 +38,7 @@ from training.workers import in_child
 IGNORE_INDEX = -100
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
 BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
+GREY = 128  # value of blank frames: near 0 once normalised
 DECODE_TIMEOUT = 120.0  # seconds after which the decoding of a clip is stopped
 VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts as variable frame rate
 

@@ -8,11 +8,11 @@ Greedy answers in every mode, one row per system: `prior` (the best constant cap
 `swapped`: another clip's; `--controls` for more, of every checkpoint). The scorer (evaluation/scoring.py) reads only
 answers and truth: exact where a file gives it (`truth`), else what a detector finds (`judge`; not the detector that
 the reward checks). Each number has a 95% bootstrap interval over clips, each pair of `--compare` a paired difference.
-`--num_samples 4` adds rows of answers sampled at `--temperature`, `--best_of 8` one of the best of 8 of these by stage
-3's reward. `--baseline metrics.json` exits with 1 where
-something got worse than in an earlier run. `--clips FOLDER` asks about clips that have no captions. `--probes true`
-asks pairs of questions, `--twins FILE` about clips that lack one object. Answers already in
-<output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
+`--num_samples 4` adds rows of answers sampled at `--temperature`, `--best_of 8` a row of the best of 8 by stage 3's
+reward. `--baseline metrics.json` exits with 1 where something got worse than in an earlier run. `--clips FOLDER` asks
+about clips that have no captions, `--probes true` pairs of questions, `--twins FILE` about clips with one object
+removed. Answers already in <output_dir>/predictions.jsonl are kept if the same weights and settings made them. See
+docs/evaluation.md.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import (
+    GREY,
     IGNORE_INDEX,
     MODE_TABLE,
     MODES,
@@ -188,7 +189,7 @@ def planned_systems(config: EvaluateConfig, folders: dict[str, Path], ordered: b
 def change_frames(frames: np.ndarray, how: str) -> np.ndarray:
     """frames: uint8 [N, T, S, S, 3] of N different clips -> what each clip shows under a control."""
     if how == "blank":
-        return np.full_like(frames, 128)  # grey: near 0 once normalised
+        return np.full_like(frames, GREY)
     if how == "swapped":
         return np.roll(frames, len(frames) // 2, axis=0)
     if how == "middle":  # one picture instead of a video

@@ -25,19 +25,20 @@ stage3.yaml, the given YAML with this evidence. Captions stay with their clips: 
 import argparse
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from dataset import load_split
-from stage3.detect_objects import clip_file, find_cache, fingerprint, load_records, open_cache
+from demo.detector_faults import write_boxes
+from stage3.detect_objects import find_cache, load_records
 from stage3.evidence import Evidence, clip_evidence
 from stage3.grpo_reward_func import label_mentions, physics_aware_reward
 from stage3.mentions import find_mentions
 from stage3.vocabulary_config import COCO_NAMES
-from training.common import fail, load_config, run_main, stable_seed, write_json, write_text
+from training.common import fail, load_config, run_main, stable_seed
 from training.config import Stage3Config
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
 
 FIXED_TEXTS = {
     "microscope": ("The ego vehicle drives along a city street by day. First, a red car in front slows down, so the "
@@ -45,8 +46,6 @@ FIXED_TEXTS = {
                    "drive continues straight ahead."),
     "copilot": "Day, city: red car ahead slows, keep distance; then red light, ego stops.",
 }
-
-# ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,19 @@ class Chair:
     chair: float
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """The one part of the reward for a fixed text, in [0, 1]."""
+
+    likeness: float
+
+
 def style_alone(caption, evidence, mode, reference=None) -> Style:
     """R_temp and R_detail of a caption that is believed: what it names is there, nothing else must be told."""
     named = {mention.object for mention in find_mentions(caption) if not mention.negated}
     believed = Evidence(named, unknown=frozenset(COCO_NAMES) - named)
     reward = physics_aware_reward(caption, believed, mode)
     return Style(reward.temporal, reward.detail)
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """The one part of the reward for a fixed text, in [0, 1]."""
-
-    likeness: float
 
 
 def fixed_text(caption, evidence, mode, reference=None) -> Fixed:
@@ -118,20 +117,8 @@ def write_swapped(config_file: str, config: Stage3Config, seed: int, output_dir:
     about = {"made_by": "python -m bench.baselines", "seed": seed, "swapped": videos,
              "boxes_of": json.loads(source.read_text(encoding="utf-8"))}
     file = output_dir / "swapped.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != about:
-        fail([f"output_dir: {output_dir} holds other boxes; remove it or give another folder"], "nothing was written")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(file, about, indent=1)
-    settings = replace(config.detector, weights=str(file))
-    made_by = fingerprint(settings)
-    folder = open_cache(output_dir, made_by, {"swapped": True})
-    swapped = swap_records(own, videos, seed)
-    for video, record in swapped.items():
-        write_json(clip_file(folder, video), record | {"made_by": made_by}, separators=(",", ":"))
-    recipe = OmegaConf.load(config_file)
-    recipe.evidence_cache, recipe.detector = str(output_dir), asdict(settings)
-    recipe.output_dir = str(output_dir / "stage3")
-    write_text(output_dir / "stage3.yaml", f"# {config_file} with the evidence of {file}\n{OmegaConf.to_yaml(recipe)}")
+    settings, swapped = replace(config.detector, weights=str(file)), swap_records(own, videos, seed)
+    write_boxes(config_file, file, about, settings, swapped, "other boxes")
     moved = [video for video in videos if "boxes_of" in swapped[video]]
     differ = sum(clip_evidence(swapped[video], settings).present != clip_evidence(own[video], settings).present
                  for video in moved)

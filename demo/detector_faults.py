@@ -165,29 +165,36 @@ def faulty_settings(settings: DetectorSettings, faults: Faults, output_dir: Path
     return replace(settings, weights=str(output_dir / FAULTS_FILE), classes=classes)
 
 
-def write_cache(config_file: str, config: Stage3Config, records: dict[str, dict], faults: Faults,
-                output_dir: Path) -> dict[str, dict]:
+def write_boxes(config_file: str, file: Path, about: dict, settings: DetectorSettings, records: dict[str, dict],
+                others: str) -> None:
+    """Write boxes that take the place of a detector's into the folder of `file`: `file`, which says what they are and
+    stands where weights stand; the records; stage3.yaml, the given YAML with this evidence. Exits if the folder holds
+    `others`."""
+    folder = file.parent
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != about:
+        fail([f"output_dir: {folder} holds {others}; remove it or give another folder"], "nothing was written")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, about, indent=1)
+    made_by = fingerprint(settings)
+    cache = open_cache(folder, made_by, {file.stem: about})
+    for video, record in records.items():
+        write_json(clip_file(cache, video), record | {"made_by": made_by}, separators=(",", ":"))
+    recipe = OmegaConf.load(config_file)
+    recipe.evidence_cache, recipe.detector = str(folder), asdict(settings)
+    recipe.output_dir = str(folder / "stage3")
+    write_text(folder / "stage3.yaml", f"# {config_file} with the evidence of {file}\n{OmegaConf.to_yaml(recipe)}")
+
+
+def write_faulty(config_file: str, config: Stage3Config, records: dict[str, dict], faults: Faults,
+                 output_dir: Path) -> dict[str, dict]:
     """Write faults.json, the boxes and stage3.yaml; returns {video: record}. Exits if the folder holds other faults."""
     source = find_cache(config.evidence_cache, config.detector)
     boxes_of = json.loads((source / "settings.json").read_text(encoding="utf-8"))
     about = {"made_by": "python -m demo.detector_faults", "version": VERSION, "boxes_of": boxes_of,
              **asdict(replace(faults, blind=sorted(faults.blind), leave_out=sorted(faults.leave_out)))}
-    file = output_dir / FAULTS_FILE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != about:
-        fail([f"output_dir: {output_dir} holds boxes with other faults; remove it or give another folder"],
-             "nothing was written")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(file, about, indent=1)
     settings = faulty_settings(config.detector, faults, output_dir)
-    made_by = fingerprint(settings)
-    folder = open_cache(output_dir, made_by, {"faults": about})
     faulty = all_with_faults(records, faults, settings)
-    for video, record in faulty.items():
-        write_json(clip_file(folder, video), record | {"made_by": made_by}, separators=(",", ":"))
-    recipe = OmegaConf.load(config_file)
-    recipe.evidence_cache, recipe.detector = str(output_dir), asdict(settings)
-    recipe.output_dir = str(output_dir / "stage3")
-    write_text(output_dir / "stage3.yaml", f"# {config_file} with the evidence of {file}\n{OmegaConf.to_yaml(recipe)}")
+    write_boxes(config_file, output_dir / FAULTS_FILE, about, settings, faulty, "boxes with other faults")
     return faulty
 
 
@@ -228,7 +235,7 @@ def main(argv=None) -> int:
     if unseen := sorted({*args.blind, *args.leave_out} - seen):
         fail([f"{', '.join(unseen)}: no box in any clip, so nothing to be blind to or to leave out"],
              "nothing was written")
-    faulty = write_cache(args.config, config, records, faults, output_dir)
+    faulty = write_faulty(args.config, config, records, faults, output_dir)
     print(describe(records, faulty))
     print(f"\nWhat it says about {len(faulty)} clips of {config.data}:\n")
     print(frequency_table(faulty, faulty_settings(config.detector, faults, output_dir)))

@@ -30,6 +30,7 @@ from demo.run import (
     seconds_taken,
 )
 from training.common import cpu_count
+from training.config import RewardKeys
 
 C = "configs/demo"
 RESULTS = OUT / "results"
@@ -37,7 +38,7 @@ DEMO_SEED = 42  # the demo's own run
 SEEDS = (42, 1, 2)
 FRESH_CLIPS, FRESH_SEED = 300, 7
 LONGER_STEPS = 440  # stage 2's 180 steps and as many more as take the time of stage 3
-STAGE3_STEPS, OVER_STEPS, OVER_EVERY = 70, 280, 35
+OVER_STEPS, OVER_EVERY = 280, 35  # four times the steps of configs/demo/stage3.yaml
 DOSES = (5, 15, 30)  # percent
 CONTROLS = ["blank", "swapped", "middle", "shuffled", "reversed", "dark"]
 # {name: flags of train_stage3.py}: what else can be made of the same number of rollouts
@@ -51,7 +52,7 @@ PLACEBOS = {
     "style_alone": ["--reward", "bench.baselines:style_alone", "--reward_weights", "{temporal: 0.55, detail: 0.45}"],
     "other_clip": [],
 }
-WEIGHTS = {"objects": 0.40, "temporal": 0.25, "detail": 0.20, "hallucination": 0.15}  # the reward's, in all configs
+WEIGHTS = RewardKeys().reward_weights
 UNSTOPPED = ["--stop_when_blind", "none", "--max_kl", "none"]  # a run that goes wrong is a result too
 EVALUATE = [PYTHON, "evaluate.py", "--config", f"{C}/stage3.yaml", "--data", f"{OUT}/world/captions.json", "--val_data",
             f"{OUT}/fresh/captions.json", "--video_root", f"{OUT}/fresh/videos", "--truth", f"{OUT}/fresh/truth.json",

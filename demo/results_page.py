@@ -30,14 +30,17 @@ from demo.results import (
     RESULTS,
     SEEDS,
     WEIGHTS,
+    C,
     all_parts,
     folder_of,
     marks_of,
     seconds_taken,
 )
-from evaluation.report import markdown, probe_tables, twin_tables
+from evaluation.report import probe_tables, twin_tables
 from evaluation.scoring import METRICS
-from training.common import git_commit, read_jsonl, write_text
+from pages.render import markdown_table
+from training.common import git_commit, load_config, read_jsonl, write_text
+from training.config import Stage3Config
 
 DOCS = Path("docs")
 COLUMNS = {"words": "words", "recall": "recall", "trap_told": "companions told", "trap_invented": "invented",
@@ -102,7 +105,7 @@ def seeds_tables(runs: list[dict]) -> str:
     return text
 
 
-def difference_rows(runs: list[dict], seeds, mode: str, before: str) -> list[list[str]]:
+def difference_rows(runs: list[dict], mode: str, before: str) -> list[list[str]]:
     """Change from `before` to stage 3 in each seed, paired over clips."""
     rows = []
     for key, title in COLUMNS.items():
@@ -117,13 +120,13 @@ def difference_rows(runs: list[dict], seeds, mode: str, before: str) -> list[lis
     return rows
 
 
-def differences_section(runs: list[dict], seeds) -> str:
+def differences_section(runs: list[dict], seeds: list[int]) -> str:
     text = ("### Paired differences\n\nStage 3 minus another system, each seed by itself, with the 95% interval over "
             "clips; bold where it leaves out 0.\n\n")
     for before in ("stage2", "best-of-8", *BASELINES):
         for mode in MODES:
             head = [f"{mode.capitalize()}: stage 3 − {before}", *(f"seed {seed}" for seed in seeds)]
-            text += table(head, difference_rows(runs, seeds, mode, before)) + "\n"
+            text += table(head, difference_rows(runs, mode, before)) + "\n"
     return text
 
 
@@ -148,21 +151,24 @@ def draw_tradeoff(runs: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
-def table_section(seeds, done: list[int]) -> str:
+def stage3_answers() -> str:
+    config = load_config(Stage3Config, ["--config", f"{C}/stage3.yaml"])
+    prompts = config.per_device_batch_size * config.gradient_accumulation_steps
+    return f"{config.max_steps} steps of {prompts} prompts with {config.num_generations} answers each"
+
+
+def table_section(done: list[int]) -> str:
     runs = [read_metrics(f"seed{seed}/table") for seed in done]
     draw_tradeoff(runs, DOCS / "results_tradeoff.png")
     return f"""## Does reinforcement learning help, and does it beat the cheaper ways?
 
 Seeds {', '.join(map(str, done))}; mean over seeds, in brackets the lowest and the highest. Every baseline takes the
-same seed's stage 2 and as many answers of it, or of its own, as stage 3 takes ({STAGE3_ANSWERS}).
+same seed's stage 2 and as many answers of it, or of its own, as stage 3 takes ({stage3_answers()}).
 
 {seeds_tables(runs)}
 ![companions told against invented](results_tradeoff.png)
 
 {differences_section(runs, done)}"""
-
-
-STAGE3_ANSWERS = "70 steps of 6 prompts with 8 answers each"
 
 
 # ---- the other groups ------------------------------------------------------------------------------------------------
@@ -178,7 +184,7 @@ def look_section(metrics: dict) -> str:
             names += [stage, *(how if stage == "stage2" else f"{stage}/{how}" for how in CONTROLS)]
         text += systems_table(metrics, names, mode, columns) + "\n"
     text += "Two questions about each clip, and clips that lack one object ([evaluation.md](evaluation.md)):\n\n"
-    text += "\n".join(map(markdown, probe_tables(metrics) + twin_tables(metrics))) + "\n"
+    text += "\n".join(map(markdown_table, probe_tables(metrics) + twin_tables(metrics))) + "\n"
     return text + watching(read_jsonl(OUT / "stage3" / "metrics.jsonl"))
 
 
@@ -241,7 +247,7 @@ def over_section(metrics: dict) -> str:
     names = ["stage2", *(f"step{step}" for step in steps[1:])]
     return f"""## Four times the steps
 
-Seed 42, {OVER_STEPS} steps instead of 70. The held-out reward is highest at step {best}, which `keep_best` keeps.
+Seed 42, {OVER_STEPS} steps. The held-out reward is highest at step {best}, which `keep_best` keeps.
 
 ![reward, truth, second judge, NLL and KL over the steps](results_over.png)
 
@@ -306,7 +312,7 @@ def write_page(seeds=SEEDS) -> Path:
     done = [seed for seed in seeds if read_metrics(f"seed{seed}/table")]
     sections, missing = [], []
     if done:
-        sections.append(table_section(seeds, done))
+        sections.append(table_section(done))
     if left := [str(seed) for seed in seeds if seed not in done]:
         missing.append(f"the table of seed {', '.join(left)}")
     for name, write in (("look", look_section), ("ablations", ablations_section), ("faults", faults_section),

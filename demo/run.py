@@ -137,34 +137,41 @@ def run_at_once(parts: list[Part], jobs: int) -> None:
 
     The tiny models gain little from a second core, so two parts at a time take little more than half the time.
     """
-    marks, running = marks_of(parts), {}  # running: {name: (part, process, its log, when it was started)}
+    marks, needs = marks_of(parts), needs_of(parts)
     done = {part.name for part in parts if seconds_taken(part, marks[part.name]) is not None}
-    needs = needs_of(parts)
+    running = {}  # {name: (part, process, when it was started)}
     (OUT / "logs").mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, cpu_count() // jobs))}
     try:
         while len(done) < len(parts):
             ready = [part for part in parts if part.name not in {*done, *running} and needs[part.name] <= done]
             for part in ready[:jobs - len(running)]:
-                log = OUT / "logs" / f"{part.name.replace('/', '-')}.log"
-                with open(log, "a", encoding="utf-8") as file:
-                    process = subprocess.Popen(begin_part(part, marks[part.name]), env=environment() | threads,
-                                               stdout=file, stderr=subprocess.STDOUT)
-                running[part.name] = part, process, log, time.time()
-                left = sum(p.seconds for p in parts if p.name not in done) / jobs
-                print(f"{time.strftime('%H:%M:%S')}  {part.title}   (about {clock(left)} left; {log})", flush=True)
+                left = clock(sum(p.seconds for p in parts if p.name not in done) / jobs)
+                print(f"{time.strftime('%H:%M:%S')}  {part.title}   (about {left} left; {log_of(part)})", flush=True)
+                running[part.name] = part, start_in_background(part, marks[part.name], jobs), time.time()
             time.sleep(0.2)
-            for name, (part, process, log, start) in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    end_part(part, marks[name], process.returncode, time.time() - start, f"Its output: {log}. ")
-                    done.add(name)
-                    print(f"{time.strftime('%H:%M:%S')}  {part.title}: took {clock(time.time() - start)}", flush=True)
+            for part, process, start in [job for job in running.values() if job[1].poll() is not None]:
+                del running[part.name]
+                seconds = time.time() - start
+                end_part(part, marks[part.name], process.returncode, seconds, f"Its output: {log_of(part)}. ")
+                done.add(part.name)
+                print(f"{time.strftime('%H:%M:%S')}  {part.title}: took {clock(seconds)}", flush=True)
     except KeyboardInterrupt:  # the parts have got it too, and save
         sys.exit(STOPPED)
     finally:
-        for _, process, _, _ in running.values():
+        for _, process, _ in running.values():
             process.wait()
+
+
+def log_of(part: Part) -> Path:
+    return OUT / "logs" / f"{part.name.replace('/', '-')}.log"
+
+
+def start_in_background(part: Part, mark: str, jobs: int) -> subprocess.Popen:
+    """Start the part on its share of the cores; its output is appended to its log."""
+    threads = {"OMP_NUM_THREADS": str(max(1, cpu_count() // jobs))}
+    with open(log_of(part), "a", encoding="utf-8") as file:
+        return subprocess.Popen(begin_part(part, mark), env=environment() | threads, stdout=file,
+                                stderr=subprocess.STDOUT)
 
 
 def environment() -> dict[str, str]:

@@ -33,8 +33,7 @@ class BestOf:
 
     def __init__(self, config, entries):
         self.config = config
-        module, _, name = config.reward.partition(":")
-        self.reward = getattr(importlib.import_module(module), name)  # best_of_problems has tried it
+        self.reward, _ = load_reward(config, entries[0].mode, reference=None)  # best_of_problems has tried it
         self.evidence = get_evidence(entries, config.video_root, config.detector, config.evidence_cache)
         self.left_out = {video: "the reward's detector has no evidence"
                          for video, evidence in self.evidence.items() if evidence is None}

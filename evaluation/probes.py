@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import MODE_TABLE, Entry, RowError, encode_prompt, resolve_video, video_stem
+from dataset import GREY, MODE_TABLE, Entry, RowError, encode_prompt, resolve_video, video_stem
 from evaluation.scoring import Truth, draw_clips, interval_of, mentioned, ratio
 from model import ModelError
 from stage3.grpo import Group, check_shared_prefix, completion_logps
@@ -31,7 +31,6 @@ KINDS = ("random", "popular", "adversarial")
 STATEMENTS = 3  # per class and mode
 PLACES = 4  # of a caption at which a statement is tried, at most
 SENTENCE_END = re.compile(r"(?<=[.:;!?])\s+")
-GREY = 128  # of the frames that a statement's likelihood is compared with
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------

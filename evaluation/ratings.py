@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.scoring import BOOTSTRAP
+from evaluation.scoring import draw_clips
+from pages.render import markdown_table
 from training.common import fail, write_json
 from training.config import EvaluateConfig
 
@@ -110,13 +111,6 @@ def read_ratings(files: list[str], key: dict, problems: list[str]) -> dict[str, 
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------
-
-
-def draw_clips(num_clips: int, rng: np.random.Generator) -> np.ndarray:
-    """[1 + BOOTSTRAP, clips]: how often a draw holds each clip; row 0 holds each once."""
-    even = np.full(num_clips, 1 / max(num_clips, 1))
-    drawn = rng.multinomial(num_clips, even, size=BOOTSTRAP) if num_clips else np.zeros((BOOTSTRAP, 0), int)
-    return np.vstack([np.ones(num_clips, dtype=int), drawn])
 
 
 def share(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -304,13 +298,6 @@ def shown(value: dict) -> str:
     return "–" if value["value"] is None else "{:.2f} [{:.2f}, {:.2f}]".format(value["value"], *value["interval"])
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """A Markdown table, its head first, that also reads well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows) + "\n"
-
-
 def summary(found: dict) -> str:
     """The tables that --read_sheet prints."""
     first, second = found["systems"]
@@ -319,29 +306,29 @@ def summary(found: dict) -> str:
     rows = [["rater", "preferences", "mentions"]]
     for name, done in found["raters"].items():
         rows.append([name, *(f"{done[kind]} of {asked[kind]}" for kind in asked)])
-    lines.append(aligned(rows))
+    lines.append(markdown_table(rows))
     rows = [[f"{second} against {first}", "won", "lost", "the same", "win rate (the same: half)"]]
     rows += [[mode, str(block["won"]), str(block["lost"]), str(block["ties"]), shown(block["win_rate"])]
              for mode, block in found["preference"].items()]
-    lines.append(aligned(rows))
+    lines.append(markdown_table(rows))
     if len(found["raters"]) > 1:
         rows = [["agreement of raters", "compared", "equal", found["agreement"]["mentions"]["statistic"]]]
         for kind, block in found["agreement"].items():
             rows.append([kind, str(block["compared"]), *("–" if block[name] is None else f"{block[name]:.2f}"
                                                         for name in ("equal", "kappa"))])
-        lines.append(aligned(rows))
+        lines.append(markdown_table(rows))
     rows = [["error against people", "mentions of", "false alarms", "rate", "misses", "rate", "undecided"]]
     for source, blocks in found["error"].items():
         rows += [[source, name, f"{block['false_alarms']} of {block['there']}", shown(block["false_alarm_rate"]),
                   f"{block['misses']} of {block['not_there']}", shown(block["miss_rate"]), str(block["undecided"])]
                  for name, block in blocks.items()]
-    lines.append(aligned(rows))
+    lines.append(markdown_table(rows))
     rows = [["CHAIRi", "mode", "by", "as found", "corrected", "corrected by the system's own rates"]]
     for (system, modes), mode in itertools.product(found["chair_i"].items(), found["preference"]):
         for source, block in modes.get(mode, {}).items():
             values = [block["chair_i"]] if source == "people" else block.values()
             rows.append([system, mode, source, *map(shown, values), *[""] * (3 - len(values))])
-    lines.append(aligned(rows) + f"Corrected: {found['estimator'].partition(':')[0]}; docs/evaluation.md.")
+    lines.append(markdown_table(rows) + f"Corrected: {found['estimator'].partition(':')[0]}; docs/evaluation.md.")
     return "\n".join(lines)
 
 

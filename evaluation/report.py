@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 
 from evaluation.probes import KINDS
 from evaluation.scoring import METRICS, Truth, score_text
-from pages.render import highlight, render
+from pages.render import highlight, markdown_table, render
 from stage3.grpo_reward_func import label_facts
 from stage3.mentions import find_mentions
 
@@ -142,24 +142,14 @@ def bars_of_mode(metrics: dict, mode: str, key: str) -> list[dict]:
     return bars
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A table, its head first, as Markdown whose columns are padded, so that it also reads well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
-        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        lines.append("| " + " | ".join(padded) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def table(metrics: dict) -> str:
     """What is printed at the end and stands in table.md."""
-    text = "\n".join(markdown(rows) for rows in all_tables(metrics))
+    text = "\n".join(markdown_table(rows) for rows in all_tables(metrics))
     if tables := agreed_tables(metrics):
         found = metrics["agreed"]["agreement"]
         kappa = "undefined" if found["kappa"] is None else f"{found['kappa']:.2f}"
         text += (f"\nTwo judges agree on {found['agreeing']:.1%} of {found['pairs']} pairs of a clip and a class "
-                 f"(Cohen's kappa {kappa}). On what both say:\n\n" + "\n".join(map(markdown, tables)))
+                 f"(Cohen's kappa {kappa}). On what both say:\n\n" + "\n".join(map(markdown_table, tables)))
     return text
 
 

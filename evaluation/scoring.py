@@ -253,8 +253,10 @@ def tally(predictions: list[dict], truth: dict[str, Truth], ranges: dict[str, li
     return counts
 
 
-def draw_clips(number: int, seed: int) -> np.ndarray:
+def draw_clips(number: int, seed: int | np.random.Generator) -> np.ndarray:
     """[1 + BOOTSTRAP, clips]: how often each draw holds each clip. Row 0 is no draw: it holds every clip once."""
+    if number == 0:
+        return np.zeros((1 + BOOTSTRAP, 0), dtype=int)
     draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=BOOTSTRAP)
     return np.vstack([np.ones(number, dtype=int), draws])
 

@@ -17,13 +17,12 @@ from collections import Counter
 import torch
 from accelerate.utils import gather_object
 
-from dataset import IGNORE_INDEX, MODES, encode_example, encode_prompt
+from dataset import GREY, IGNORE_INDEX, MODES, encode_example, encode_prompt
 from stage3.grpo import Group, completion_logps, reference_policy
 from stage3.rollout import sample_groups
 from training.common import TrainingError
 from training.loop import log_losses, mean_losses, show_answers, sum_over_ranks
 
-GREY = 128  # of blank frames: near 0 once normalised
 ROUNDING = 1e-9  # gaps are differences of sums of up to thousands of rewards
 
 

@@ -371,8 +371,9 @@ class EvaluateConfig(RewardKeys, DataKeys):
     baseline: str = ""  # metrics.json of an earlier run: exit 1 where something got worse beyond its interval
     clips: str = ""  # folder of clips without captions: ask about them instead of the held-out ones of `data`
     caption_metrics: bool = False  # also BLEU, ROUGE-L and CIDEr against the held-out captions
-    probes: bool = False  # also ask, of every clip, about a class that it shows and one that it does not
-    twins: str = ""  # JSON of clips that lack one object of a held-out clip, as the toy world writes it: is it told?
+    probes: bool = False  # also ask two questions about each clip: one class that it shows, one that it does not
+    # JSON list of twins, held-out clips with one object removed: how often is that object still named? See demo.world
+    twins: str = ""
     truth: str = ""  # file of exact truth, as the toy world writes it; without it, the judge's evidence is the truth
     # detector that judges where there is no exact truth
     judge: DetectorSettings = field(default_factory=judge_defaults)
@@ -396,7 +397,7 @@ class EvaluateConfig(RewardKeys, DataKeys):
     eval_batch_size: int = 8  # clips that are answered at once
     # write a sheet for people with this many clips: the answers of two systems, from the predictions in output_dir
     sheet: int = 0
-    sheet_systems: list[str] = field(default_factory=lambda: ["stage2", "stage3"])  # the second's win rate is told
+    sheet_systems: list[str] = field(default_factory=lambda: ["stage2", "stage3"])  # the two to compare
     sheet_modes: list[str] = field(default_factory=list)  # modes that the sheet asks about; default: all
     read_sheet: list[str] = field(default_factory=list)  # CSV files that raters gave back for the sheet in output_dir
 
