@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import evaluate
 import generate
 import stage3.grpo
-import stage3.rollout
+import stage3.held_out
 import train_stage1_ddp
 import train_stage2
 import train_stage3
@@ -236,7 +236,7 @@ def test_rollouts_ask_drawn_wordings_and_held_out_numbers_the_standard_question(
         held_out.add(question)
         return encode_example(tokenizer, question, *rest)
 
-    quick.setattr(stage3.rollout, "encode_example", note)
+    quick.setattr(stage3.held_out, "encode_example", note)
     run_stage3(stage2, tmp_path / "run", "--max_steps", 1)
     assert held_out == set(MODES.values())
 
