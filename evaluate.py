@@ -79,6 +79,8 @@ from evaluation.scoring import (
     mentioned,
     mode_accuracy,
     score_slice,
+    score_wordings,
+    share_right,
     slices_of,
     tally,
     values_of,
@@ -144,8 +146,9 @@ def constant_caption(train, truth: dict[str, Truth]) -> tuple[str, float]:
 
 def prediction(system: str, entry, text: str, key="", sample=0, tokens=0, ended=True, seconds=0.0) -> dict:
     """One row of predictions.jsonl."""
-    return {"system": system, "key": key, "id": entry.id, "video": entry.video, "mode": entry.mode, "sample": sample,
-            "text": text, "tokens": tokens, "ended": ended, "seconds": round(seconds, 4)}
+    return {"system": system, "key": key, "id": entry.id, "video": entry.video, "mode": entry.mode,
+            "question": entry.question, "sample": sample, "text": text, "tokens": tokens, "ended": ended,
+            "seconds": round(seconds, 4)}
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,17 @@ def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict
     return [row for name in keys for row in answers[name]]
 
 
+def in_unseen_wordings(entries) -> list[Entry]:
+    """The entries, each asked in one of the wordings that training never draws, in turns: each of them is asked about
+    an equal share of the clips. Modes without such wordings are left out."""
+    number, asked = Counter(), []
+    for entry in entries:
+        if wordings := MODE_TABLE[entry.mode].unseen:
+            asked.append(dataclasses.replace(entry, question=wordings[number[entry.mode] % len(wordings)]))
+            number[entry.mode] += 1
+    return asked
+
+
 @torch.no_grad()
 def add_nll(rows: list[dict], entries, folder: Path, config: EvaluateConfig) -> None:
     """Adds to each row its answer's negative log-likelihood in nats, "nll", over "nll_tokens" tokens (the end token is
@@ -406,6 +420,7 @@ def open_checkpoints(config: EvaluateConfig, problems: list[str]) -> dict[str, P
             except ModelError as error:
                 problems.append(f"checkpoint: {name}: {error}")
                 continue
+            problems += trained_on_unseen(name, meta)
             for key in ("vision_model", "language_model"):
                 given, recorded = getattr(config, key), meta[key]["name"]
                 if given and is_other_base(recorded, given):
@@ -415,6 +430,16 @@ def open_checkpoints(config: EvaluateConfig, problems: list[str]) -> dict[str, P
     if config.control and config.control not in names:
         problems.append(f"control: no checkpoint is called {config.control!r}")
     return folders
+
+
+def trained_on_unseen(name: str, meta: dict) -> list[str]:
+    """One line for each mode where a checkpoint was trained on wordings that evaluation calls unseen today."""
+    problems = []
+    for mode, wordings in meta.get("wordings", {}).items():
+        seen = set(wordings) & set(MODE_TABLE[mode].unseen) if mode in MODE_TABLE else ()
+        problems += [f"checkpoint: {name} was trained on what MODE_TABLE calls unseen: {wording!r} ({mode})"
+                     for wording in sorted(seen)]
+    return problems
 
 
 def read_clips(videos: list[str], video_root: str) -> tuple[dict[str, list], dict[str, str]]:
@@ -571,6 +596,19 @@ def add_twins(config: EvaluateConfig, folders, entries, limits, rows_of, systems
     return left_out
 
 
+def unseen_wordings(config, folders, entries, limits, ranges) -> dict[str, dict]:
+    """{checkpoint: what `score_wordings` says of its answers to the entries in unseen wordings, kept in unseen.jsonl};
+    {} if no mode has such wordings."""
+    asked = in_unseen_wordings(entries)
+    if not asked:
+        return {}
+    systems = [System(name, folder) for name, folder in folders.items()]
+    rows_of = defaultdict(list)
+    for row in ask_all(systems, asked, config, limits, Path(config.output_dir) / "unseen.jsonl", None):
+        rows_of[row["system"]].append(row)
+    return {name: score_wordings(rows, ranges) for name, rows in rows_of.items()}
+
+
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
     if config.clips:
@@ -613,6 +651,10 @@ def evaluate(config: EvaluateConfig) -> dict:
         add_probes(config, folders, entries, *planned, rows_of, metrics["systems"])
     if config.twins:
         left_out |= add_twins(config, folders, entries, limits, rows_of, metrics["systems"])
+    unseen = unseen_wordings(config, folders, entries, limits, ranges)
+    for name, wordings in unseen.items():
+        metrics["systems"][name]["mode_accuracy_unseen"] = share_right(wordings)
+    metrics["unseen_wordings"] = unseen
     if second:
         metrics["agreed"] = score_agreed(config, list(folders), rows_of, truth, second, ranges)
     write_json(out / "metrics.json", metrics, indent=1)
