@@ -9,9 +9,9 @@ Greedy answers in every mode, one row per system: `prior` (the best constant cap
 answers and truth: exact where a file gives it (`truth`), else what a detector finds (`judge`; not the detector that
 the reward checks). Each number has a 95% bootstrap interval over clips, each pair of `--compare` a paired difference.
 `--num_samples 4` adds rows of answers sampled at `--temperature`, `--best_of 8` one of the best of 8 of these by stage
-3's reward. `--baseline metrics.json` exits with 1 where
-something got worse than in an earlier run. `--clips FOLDER` asks about clips that have no captions. `--probes true`
-asks pairs of questions, `--twins FILE` about clips that lack one object. Answers already in
+3's reward. `--baseline metrics.json` exits with 1 where something got worse than in an earlier run. `--clips FOLDER`
+asks about clips that have no captions. `--probes true` asks pairs of questions, `--twins FILE` about clips that lack one
+object. Every checkpoint is also asked in wordings that training never saw (unseen.jsonl). Answers already in
 <output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
 """
 
