@@ -50,8 +50,8 @@ class Mode:
     this mode and is asked as `question`, so that no row brings an `unseen` one into training.
     """
 
-    question: str  # the standard question: what evaluation asks, and training too, as often as each of `wordings`
-    wordings: tuple[str, ...] = ()  # other words for it, drawn in training (`draw_question`)
+    question: str  # the standard question: what evaluation asks, and training half of the time
+    wordings: tuple[str, ...] = ()  # other words for it, drawn in training otherwise (`draw_question`)
     unseen: tuple[str, ...] = ()  # other words that training never draws: evaluate.py asks whether they work too
     word_range: tuple[int, int] = (1, 1000)  # fewest and most words of a usual answer
     max_new_tokens: int = 1024  # an answer is cut off after this many tokens
@@ -71,20 +71,29 @@ MODE_TABLE = {
     "microscope": Mode(
         "Describe the video in detail.",
         wordings=(
-            "Write a detailed report on everything that happens in the clip.",
-            "What happens in this footage, step by step? Leave nothing out.",
+            "Describe the clip in full detail.",
+            "Write a detailed report on the drive.",
+            "What happens in the footage, step by step?",
             "Explain the whole scene thoroughly.",
-            "Mention every vehicle, person and sign, and what each of them does.",
-            "I need a full description of this drive.",
-            "Tell me all that can be seen on the road, in order of time.",
-            "How does the scene develop from beginning to end? Answer at length.",
-            "Please describe all objects and events of the recording carefully.",
+            "I need a full description of this recording.",
+            "Tell me everything that can be seen on the road.",
+            "How does the scene develop? Answer at length.",
+            "Please describe all objects and events carefully.",
             "Long answer: what does the camera see?",
-            "Walk me through the clip in full detail.",
-            "Could you describe this driving video as completely as possible?",
+            "Walk me through the video in detail.",
+            "Could you describe this drive as completely as possible?",
             "Give a comprehensive account of the traffic.",
-            "Report each detail of the scene.",
-            "What is there to see? Be exhaustive.",
+            "Report every detail of the footage.",
+            "What is there to see? Be thorough.",
+            "What should the driver know? Leave nothing out.",
+            "Write down everything that the camera shows.",
+            "The full picture, please: who does what on the road?",
+            "Say what each vehicle and person does, in order of time.",
+            "I want a long and complete text about this video.",
+            "Can the drive be described in more detail?",
+            "Go over the scene carefully and mention all of it.",
+            "What is happening on this road? Be exhaustive.",
+            "An exhaustive description of the clip.",
             "Detailed caption:",
         ),
         unseen=(
@@ -101,20 +110,29 @@ MODE_TABLE = {
     "copilot": Mode(
         "Summarize the driving scene concisely.",
         wordings=(
-            "Write a brief note for the driver about the clip.",
-            "What matters most in this footage? Keep it short.",
-            "Sum up the whole scene.",
-            "In short, what is happening on the road?",
-            "Quick summary of the drive, please.",
-            "Give the driver a short hint.",
-            "Tell me the main point of the clip and nothing more.",
-            "How would a copilot put this scene briefly?",
-            "I only need the gist of the recording.",
+            "Describe the clip in a few words.",
+            "Write a short report on the drive.",
+            "What happens in the footage, in short?",
+            "Explain the whole scene briefly.",
+            "I need a quick summary of this recording.",
+            "Tell me only the main point of what can be seen on the road.",
+            "How does the scene develop? Answer briefly.",
+            "Please sum up the objects and events.",
             "Short answer: what does the camera see?",
-            "Could you describe this driving video as briefly as possible?",
+            "Walk me through the video quickly.",
+            "Could you describe this drive as briefly as possible?",
             "Give a concise account of the traffic.",
-            "Condense the video into a few words.",
-            "What should the driver know? Be concise.",
+            "Report the gist of the footage.",
+            "What is there to see? Be concise.",
+            "What should the driver know? Keep it short.",
+            "Write down the gist of what the camera shows.",
+            "The short version, please: who does what on the road?",
+            "Say what matters most, and nothing more.",
+            "I want a short and quick text about this video.",
+            "Can the drive be described in fewer words?",
+            "Go over the scene quickly and mention the main point.",
+            "What is happening on this road? Be quick.",
+            "A brief summary of the clip.",
             "Brief caption:",
         ),
         unseen=(
@@ -286,9 +304,11 @@ def training_questions(entry: Entry) -> tuple[str, ...]:
 
 def draw_question(entry: Entry, seed: int, epoch: int) -> str:
     """What training asks of an entry in one pass over the data: a function of (seed, epoch, id), so that ranks and
-    resumed runs agree. Each of `training_questions` is equally likely."""
-    questions = training_questions(entry)
-    return questions[stable_seed("question", seed, epoch, entry.id) % len(questions)]
+    resumed runs agree. Half of the time it is the standard question, which evaluation asks, else one of the wordings.
+    """
+    standard, *wordings = training_questions(entry)
+    turn, is_standard = divmod(stable_seed("question", seed, epoch, entry.id), 2)
+    return standard if is_standard or not wordings else wordings[turn % len(wordings)]
 
 
 def _entry(video: str, mode: str, question: str, captions, key: str) -> Entry:

@@ -198,7 +198,7 @@ def test_no_question_of_the_table_is_used_twice():
     questions = [plain(question) for mode in MODE_TABLE.values() for question in mode.known]
     assert len(set(questions)) == len(questions)
     for name, mode in MODE_TABLE.items():
-        assert len(mode.wordings) == 15 and len(mode.unseen) == 8 and MODES[name] == mode.question
+        assert len(mode.wordings) == 24 and len(mode.unseen) == 8 and MODES[name] == mode.question
         assert mode.known == (mode.question, *mode.wordings, *mode.unseen)
     for twice in ({"wordings": ("Dangers?", "Dangers?")}, {"wordings": ("List the hazards.",)},
                   {"wordings": ("Dangers?",), "unseen": ("Dangers?",)}):
@@ -212,7 +212,8 @@ def test_training_draws_wordings_and_never_an_unseen_one():
         entry = Entry(f"{number}#copilot", "x.mp4", "copilot", MODES["copilot"], ("A car.",))
         drawn[draw_question(entry, 42, 0)] += 1
     assert set(drawn) == {MODES["copilot"], *MODE_TABLE["copilot"].wordings}
-    assert 65 < min(drawn.values()) and max(drawn.values()) < 135  # 100 each, give or take 3.6 standard deviations
+    assert 730 < drawn.pop(MODES["copilot"]) < 870  # half of 1600, give or take 3.5 standard deviations
+    assert 13 < min(drawn.values()) and max(drawn.values()) < 54  # a 24th of the others each: 33
     assert len({draw_question(entry, 42, epoch) for epoch in range(9)}) > 3
     assert len({draw_question(entry, seed, 0) for seed in range(9)}) > 3
     own = replace(entry, question="And now?")
@@ -221,10 +222,11 @@ def test_training_draws_wordings_and_never_an_unseen_one():
 
 def test_the_drawn_wording_depends_on_seed_epoch_and_id_alone():
     entry = Entry("day/x#copilot", "day/x.mp4", "copilot", MODES["copilot"], ("A car.",))
-    number = int.from_bytes(hashlib.sha256(b"question/42/3/day/x#copilot").digest()[:8], "big") >> 1
-    expected = (MODES["copilot"], *MODE_TABLE["copilot"].wordings)[number % 16]
-    assert draw_question(entry, 42, 3) == expected  # the same on every rank, machine and Python
-    assert draw_question(replace(entry, video="y.mp4", captions=("A bus.", "Buses.")), 42, 3) == expected
+    number = int.from_bytes(hashlib.sha256(b"question/42/1/day/x#copilot").digest()[:8], "big") >> 1
+    assert number % 2 == 0  # not the standard question, then
+    expected = MODE_TABLE["copilot"].wordings[number // 2 % 24]
+    assert draw_question(entry, 42, 1) == expected  # the same on every rank, machine and Python
+    assert draw_question(replace(entry, video="y.mp4", captions=("A bus.", "Buses.")), 42, 1) == expected
 
 
 @pytest.mark.parametrize("question", MODE_TABLE["microscope"].known)
