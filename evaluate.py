@@ -10,8 +10,8 @@ answers and truth: exact where a file gives it (`truth`), else what a detector f
 the reward checks). Each number has a 95% bootstrap interval over clips, each pair of `--compare` a paired difference.
 `--num_samples 4` adds rows of answers sampled at `--temperature`, `--best_of 8` one of the best of 8 of these by stage
 3's reward. `--baseline metrics.json` exits with 1 where something got worse than in an earlier run. `--clips FOLDER`
-asks about clips that have no captions. `--probes true` asks pairs of questions, `--twins FILE` about clips that lack one
-object. Every checkpoint is also asked in wordings that training never saw (unseen.jsonl). Answers already in
+asks about clips that have no captions. `--probes true` asks pairs of questions, `--twins FILE` about clips that lack
+one object. Every checkpoint is also asked in wordings that training never saw (unseen.jsonl). Answers already in
 <output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
 """
 
@@ -596,17 +596,18 @@ def add_twins(config: EvaluateConfig, folders, entries, limits, rows_of, systems
     return left_out
 
 
-def unseen_wordings(config, folders, entries, limits, ranges) -> dict[str, dict]:
-    """{checkpoint: what `score_wordings` says of its answers to the entries in unseen wordings, kept in unseen.jsonl};
-    {} if no mode has such wordings."""
+def add_unseen(config: EvaluateConfig, folders, entries, limits, ranges, systems: dict) -> dict[str, dict]:
+    """Adds "mode_accuracy_unseen" to the checkpoints' blocks; returns {checkpoint: what `score_wordings` says of its
+    answers to the entries in unseen wordings}, which are kept in unseen.jsonl. {} if no mode has such wordings."""
     asked = in_unseen_wordings(entries)
     if not asked:
         return {}
-    systems = [System(name, folder) for name, folder in folders.items()]
-    rows_of = defaultdict(list)
-    for row in ask_all(systems, asked, config, limits, Path(config.output_dir) / "unseen.jsonl", None):
-        rows_of[row["system"]].append(row)
-    return {name: score_wordings(rows, ranges) for name, rows in rows_of.items()}
+    answered = [System(name, folder) for name, folder in folders.items()]
+    rows = ask_all(answered, asked, config, limits, Path(config.output_dir) / "unseen.jsonl", None)
+    wordings = {name: score_wordings([row for row in rows if row["system"] == name], ranges) for name in folders}
+    for name, counts in wordings.items():
+        systems[name]["mode_accuracy_unseen"] = share_right(counts)
+    return wordings
 
 
 def evaluate(config: EvaluateConfig) -> dict:
@@ -651,10 +652,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         add_probes(config, folders, entries, *planned, rows_of, metrics["systems"])
     if config.twins:
         left_out |= add_twins(config, folders, entries, limits, rows_of, metrics["systems"])
-    unseen = unseen_wordings(config, folders, entries, limits, ranges)
-    for name, wordings in unseen.items():
-        metrics["systems"][name]["mode_accuracy_unseen"] = share_right(wordings)
-    metrics["unseen_wordings"] = unseen
+    metrics["unseen_wordings"] = add_unseen(config, folders, entries, limits, ranges, metrics["systems"])
     if second:
         metrics["agreed"] = score_agreed(config, list(folders), rows_of, truth, second, ranges)
     write_json(out / "metrics.json", metrics, indent=1)
