@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -46,56 +47,65 @@ VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts
 class Mode:
     """One granularity. A new mode is one entry in MODE_TABLE and one in the reward's MODE_REWARDS.
 
-    The three kinds of questions have none in common (ValueError). A data file may ask any of them: such a row is of
-    this mode and is asked as `question`, so that no row brings an `unseen` one into training.
+    No question stands in it twice (ValueError). A data file may ask any of them: such a row is of this mode and is
+    asked as `question`, so that no row brings an `unseen` one into training.
     """
 
     question: str  # the standard question: what evaluation asks, and training half of the time
-    wordings: tuple[str, ...] = ()  # other words for it, drawn in training otherwise (`draw_question`)
+    wordings: tuple[str, ...] = ()  # other words for it: training draws from them otherwise (`draw_question`)
     unseen: tuple[str, ...] = ()  # other words that training never draws: evaluate.py asks whether they work too
     word_range: tuple[int, int] = (1, 1000)  # fewest and most words of a usual answer
     max_new_tokens: int = 1024  # an answer is cut off after this many tokens
     colour: str = "#475467"  # on pages and curves
 
     def __post_init__(self):
-        if len({*self.known}) < len(self.known):
-            raise ValueError(f"a mode has a question twice: {', '.join(self.known)}")
+        if len(self.known) < 1 + len(self.wordings) + len(self.unseen):
+            raise ValueError(f"a mode has a question twice: {self.question!r}, its wordings or unseen ones")
 
-    @property
-    def known(self) -> tuple[str, ...]:
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
         """Every question that means this mode."""
-        return (self.question, *self.wordings, *self.unseen)
+        return frozenset((self.question, *self.wordings, *self.unseen))
+
+
+CLIP_NAMES = ("the video", "this clip", "the footage", "the scene", "this driving video", "the recording")
+# Questions by what their gap takes. The modes share them, so that only the words in the gap say which one is meant.
+FORMS = {
+    "adjective": (
+        "Write a {} report on {clip}.", "I need a {} description of {clip}.", "May I have a {} account of {clip}?",
+        "{} answer: what does the camera see in {clip}?", "{} caption for {clip}:",
+        "The driver wants a {} text about {clip}.",
+    ),
+    "adverb": (
+        "Describe {clip} {}.", "Explain {} what happens in {clip}.", "Please go through {clip} {}.",
+        "Could you report on {clip} {}?", "How does the traffic behave in {clip}? Answer {}.",
+        "Say {} what is on the road in {clip}.",
+    ),
+    "sentence": (
+        "What happens in {clip}? {}", "{} What does {clip} show?", "Report on {clip}. {}", "Look at {clip}. {}",
+        "Tell me about {clip}. {}", "Who does what on the road in {clip}? {}",
+    ),
+}
+
+
+def fill_forms(**gaps: tuple[str, ...]) -> tuple[str, ...]:
+    """{kind of gap: texts} -> every form with every text in its gap, for every name of the clip."""
+    wordings = []
+    for kind, texts in gaps.items():
+        for form, text, clip in itertools.product(FORMS[kind], texts, CLIP_NAMES):
+            wording = form.format(text, clip=clip)
+            wordings.append(wording[0].upper() + wording[1:])
+    return tuple(wordings)
 
 
 MODE_TABLE = {
     "microscope": Mode(
         "Describe the video in detail.",
-        wordings=(
-            "Describe the clip in full detail.",
-            "Write a detailed report on the drive.",
-            "What happens in the footage, step by step?",
-            "Explain the whole scene thoroughly.",
-            "I need a full description of this recording.",
-            "Tell me everything that can be seen on the road.",
-            "How does the scene develop? Answer at length.",
-            "Please describe all objects and events carefully.",
-            "Long answer: what does the camera see?",
-            "Walk me through the video in detail.",
-            "Could you describe this drive as completely as possible?",
-            "Give a comprehensive account of the traffic.",
-            "Report every detail of the footage.",
-            "What is there to see? Be thorough.",
-            "What should the driver know? Leave nothing out.",
-            "Write down everything that the camera shows.",
-            "The full picture, please: who does what on the road?",
-            "Say what each vehicle and person does, in order of time.",
-            "I want a long and complete text about this video.",
-            "Can the drive be described in more detail?",
-            "Go over the scene carefully and mention all of it.",
-            "What is happening on this road? Be exhaustive.",
-            "An exhaustive description of the clip.",
-            "Detailed caption:",
-        ),
+        wordings=fill_forms(
+            adjective=("detailed", "full", "complete", "thorough", "long", "comprehensive"),
+            adverb=("in every detail", "thoroughly", "completely", "at length", "step by step", "with great care"),
+            sentence=("Leave nothing out.", "Mention everything.", "Be thorough.", "I want to know every detail.",
+                      "Name all objects and all that they do.", "Be careful to say all of it.")),
         unseen=(
             "Give a detailed description of this clip.",
             "What exactly is going on here? Go into detail.",
@@ -109,32 +119,11 @@ MODE_TABLE = {
         word_range=WORDS["microscope"].usual, max_new_tokens=1024, colour="#2563eb"),
     "copilot": Mode(
         "Summarize the driving scene concisely.",
-        wordings=(
-            "Describe the clip in a few words.",
-            "Write a short report on the drive.",
-            "What happens in the footage, in short?",
-            "Explain the whole scene briefly.",
-            "I need a quick summary of this recording.",
-            "Tell me only the main point of what can be seen on the road.",
-            "How does the scene develop? Answer briefly.",
-            "Please sum up the objects and events.",
-            "Short answer: what does the camera see?",
-            "Walk me through the video quickly.",
-            "Could you describe this drive as briefly as possible?",
-            "Give a concise account of the traffic.",
-            "Report the gist of the footage.",
-            "What is there to see? Be concise.",
-            "What should the driver know? Keep it short.",
-            "Write down the gist of what the camera shows.",
-            "The short version, please: who does what on the road?",
-            "Say what matters most, and nothing more.",
-            "I want a short and quick text about this video.",
-            "Can the drive be described in fewer words?",
-            "Go over the scene quickly and mention the main point.",
-            "What is happening on this road? Be quick.",
-            "A brief summary of the clip.",
-            "Brief caption:",
-        ),
+        wordings=fill_forms(
+            adjective=("short", "brief", "concise", "quick", "compact", "very short"),
+            adverb=("briefly", "concisely", "in a few words", "quickly", "in short", "as briefly as you can"),
+            sentence=("Keep it short.", "Only the main point.", "Be concise.", "Just the gist, nothing more.",
+                      "A few words are enough.", "Sum it up.")),
         unseen=(
             "Short driving advice, please.",
             "What is going on here? Be brief.",

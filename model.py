@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, SiglipVisionConfig
 from transformers.utils import logging as hf_logging
 
-from dataset import IGNORE_INDEX, MODE_TABLE, MODES, chat_pieces, encode_prompt, placeholder_id
+from dataset import IGNORE_INDEX, MODES, chat_pieces, encode_prompt, placeholder_id
 from training.common import DriveVLMError, git_commit, process_rank
 
 GROUPS = ("projector", "temporal", "lora", "vision", "llm")  # groups of parameters that a stage trains or freezes
@@ -975,7 +975,6 @@ class DriveVLM(nn.Module):
             "placeholder": self.tokenizer.convert_ids_to_tokens(self.placeholder_id),
             "dtype": str(self.dtype).removeprefix("torch."),
             "prompts": dict(MODES),
-            "wordings": {name: list(mode.wordings) for name, mode in MODE_TABLE.items()},  # drawn in training
             "lora": lora,
             "git_commit": git_commit(),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

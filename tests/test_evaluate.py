@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -427,20 +426,6 @@ def test_a_run_writes_the_agreed_files_and_keys(config, tmp_path, monkeypatch):
     evaluate(config)
     systems = ["stage1", "stage2", "again"]
     assert asked == ["again", "again", "blank", "swapped", "reversed", *systems, *systems]
-
-
-def test_a_checkpoint_trained_on_what_is_unseen_today_is_refused(config, folders, tmp_path):
-    shutil.copytree(folders / "stage2", tmp_path / "moved")
-    file = tmp_path / "moved" / "model" / "drivevlm.json"
-    meta = json.loads(file.read_text())
-    meta["wordings"]["copilot"][3:5] = MODE_TABLE["copilot"].unseen[:2]
-    meta["wordings"]["poem"] = ["Rhyme!"]  # a mode of then
-    file.write_text(json.dumps(meta))
-    config.checkpoint[1] = f"stage2={tmp_path / 'moved'}"
-    with pytest.raises(ConfigError) as error:
-        evaluate(config)
-    assert error.value.text.count("checkpoint: stage2 was trained on what MODE_TABLE calls unseen: ") == 2
-    assert "'Short driving advice, please.' (copilot)" in error.value.text and "2 problems" in error.value.text
 
 
 def test_num_samples_adds_rows_of_sampled_answers(config):

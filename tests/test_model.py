@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import model as model_module
-from dataset import IGNORE_INDEX, MODE_TABLE, MODES, encode_example
+from dataset import IGNORE_INDEX, MODES, encode_example
 from model import (
     DriveVLM,
     ModelError,
@@ -650,7 +650,6 @@ def test_a_checkpoint_comes_back_the_same(tiny, llm, tmp_path):
     assert again.set_trainable("lora", "projector") == model.check_trainable()
     meta = json.loads((tmp_path / "run" / "model" / "drivevlm.json").read_text(encoding="utf-8"))
     assert meta["stage"] == 2 and meta["num_frames"] == T and meta["tokens_per_frame"] == 16
-    assert meta["wordings"] == {name: list(mode.wordings) for name, mode in MODE_TABLE.items()}
     assert meta["prompts"] == MODES and meta["language_model"]["name"] == str(llm)
     assert meta["placeholder"] == ("<|video_pad|>" if llm == tiny.llm else "<extra_1>")
     assert meta["lora"] == {"r": 4, "alpha": 8, "dropout": 0.05} and meta["pooling"] == 3
