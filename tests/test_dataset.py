@@ -49,6 +49,7 @@ from dataset import (
     draw_question,
     encode_example,
     encode_prompt,
+    fill_forms,
     find_bad_texts,
     fit_answer,
     frame_indices,
@@ -198,11 +199,11 @@ def test_no_question_of_the_table_is_used_twice():
     questions = [plain(question) for mode in MODE_TABLE.values() for question in mode.known]
     assert len(set(questions)) == len(questions)
     for name, mode in MODE_TABLE.items():
-        assert len(mode.wordings) == 24 and len(mode.unseen) == 8 and MODES[name] == mode.question
-        assert mode.known == (mode.question, *mode.wordings, *mode.unseen)
+        assert len(mode.wordings) == 3 * 6 * 6 * 6 and len(mode.unseen) == 8 and MODES[name] == mode.question
+        assert mode.known == {mode.question, *mode.wordings, *mode.unseen}
     for twice in ({"wordings": ("Dangers?", "Dangers?")}, {"wordings": ("List the hazards.",)},
                   {"wordings": ("Dangers?",), "unseen": ("Dangers?",)}):
-        with pytest.raises(ValueError, match="a mode has a question twice: List the hazards., "):
+        with pytest.raises(ValueError, match="a mode has a question twice: 'List the hazards.', its"):
             Mode("List the hazards.", **twice)
 
 
@@ -211,9 +212,9 @@ def test_training_draws_wordings_and_never_an_unseen_one():
     for number in range(1600):
         entry = Entry(f"{number}#copilot", "x.mp4", "copilot", MODES["copilot"], ("A car.",))
         drawn[draw_question(entry, 42, 0)] += 1
-    assert set(drawn) == {MODES["copilot"], *MODE_TABLE["copilot"].wordings}
+    assert set(drawn) <= {MODES["copilot"], *MODE_TABLE["copilot"].wordings}
     assert 730 < drawn.pop(MODES["copilot"]) < 870  # half of 1600, give or take 3.5 standard deviations
-    assert 13 < min(drawn.values()) and max(drawn.values()) < 54  # a 24th of the others each: 33
+    assert max(drawn.values()) < 9 and len(drawn) > 400  # of 648 wordings for the other half
     assert len({draw_question(entry, 42, epoch) for epoch in range(9)}) > 3
     assert len({draw_question(entry, seed, 0) for seed in range(9)}) > 3
     own = replace(entry, question="And now?")
@@ -224,12 +225,21 @@ def test_the_drawn_wording_depends_on_seed_epoch_and_id_alone():
     entry = Entry("day/x#copilot", "day/x.mp4", "copilot", MODES["copilot"], ("A car.",))
     number = int.from_bytes(hashlib.sha256(b"question/42/1/day/x#copilot").digest()[:8], "big") >> 1
     assert number % 2 == 0  # not the standard question, then
-    expected = MODE_TABLE["copilot"].wordings[number // 2 % 24]
+    expected = MODE_TABLE["copilot"].wordings[number // 2 % 648]
     assert draw_question(entry, 42, 1) == expected  # the same on every rank, machine and Python
     assert draw_question(replace(entry, video="y.mp4", captions=("A bus.", "Buses.")), 42, 1) == expected
 
 
-@pytest.mark.parametrize("question", MODE_TABLE["microscope"].known)
+def test_forms_are_filled_with_every_text_for_every_name_of_the_clip():
+    wordings = fill_forms(adjective=("long", "full"), sentence=("Be brief.",))
+    assert len(wordings) == len(set(wordings)) == (6 * 2 + 6) * 6
+    assert wordings[:2] == ("Write a long report on the video.", "Write a long report on this clip.")
+    assert {"Full caption for the scene:", "Be brief. What does the footage show?"} <= set(wordings)
+
+
+@pytest.mark.parametrize("question", [
+    MODES["microscope"], MODE_TABLE["microscope"].wordings[0], MODE_TABLE["microscope"].wordings[-1],
+    *MODE_TABLE["microscope"].unseen])
 def test_a_known_question_of_a_data_file_is_asked_as_the_standard_one(question):
     entry, = dataset.parse_row({"video": "x.mp4", "q": f" {question}\n", "a": "A car stops."}, default_mode="copilot")
     assert (entry.mode, entry.question) == ("microscope", MODES["microscope"])
