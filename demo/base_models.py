@@ -15,6 +15,7 @@ bfloat16). All are trained on clips whose seeds the demo's world never uses.
 """
 
 import argparse
+import functools
 import itertools
 import shutil
 import subprocess
@@ -27,7 +28,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import IGNORE_INDEX, MODES, encode_example, frame_indices, placeholder_id, read_frames
+from dataset import (
+    IGNORE_INDEX,
+    MODES,
+    Entry,
+    draw_question,
+    encode_example,
+    frame_indices,
+    placeholder_id,
+    read_frames,
+)
 from demo.world import (
     CLASSES,
     COLOURS,
@@ -47,7 +57,7 @@ from stage3.mentions import read_caption
 
 BASE = Path(__file__).resolve().parent / "base"
 VISION_SEED, LANGUAGE_SEED, PROBE_SEED = 2_000_001, 2_000_002, 2_000_003
-FRESH = 900_000  # number of the first clip that the language model is tested on
+TUNING, FRESH = 500_000, 900_000  # number of the first clip that the language model is tuned on, tested on
 IMAGE_SIZE, PATCH, CELLS, NUM_FRAMES = 192, 16, 4, 8
 GRID = IMAGE_SIZE // PATCH  # 12 patches per side; 3x3 of them make one cell
 
@@ -308,23 +318,27 @@ def language_script(index):
     return make_script((LANGUAGE_SEED, 10_000 + index), held_out=index % 2 == 1)
 
 
-def language_clips():
-    """Numbers of the clips to train on. A car, bus or truck does one of two things, and notes tell which only by where
-    it is: hard to read, and so rare that on clips as they come the model never learns it. So most have two such events.
+def language_clips(first=0):
+    """Numbers of the clips to train on, from `first` on. A car, bus or truck does one of two things, and notes tell
+    which only by where it is: hard to read, and so rare that on clips as they come the model never learns it. So most
+    have two such events.
     """
-    for index in itertools.count():
+    for index in itertools.count(first):
         twofold = sum(event.name in COLOURS for event in language_script(index).events)
         if twofold >= 2 or twofold == 1 and index % 3 == 0 or index % 8 == 0:
             yield index
 
 
-def language_example(index, mode, tokenizer, note_ids):
-    """{"input_ids", "labels"} of one clip: notes where the video goes, a question, a true caption."""
+def language_example(index, mode, tokenizer, note_ids, worded=False):
+    """{"input_ids", "labels"} of one clip: notes where the video goes, a question, a true caption. `worded`: asked as
+    the stages ask in training (`draw_question`)."""
     script = language_script(index)
     rng = np.random.default_rng((LANGUAGE_SEED, index))
     boxes = boxes_of(script)
     notes = write_notes(script, [boxes[i] for i in frame_indices(FRAMES, NUM_FRAMES)], rng)
     question = MODES[mode] if rng.random() < 0.85 else str(rng.choice(PARAPHRASES[mode]))
+    if worded:
+        question = draw_question(Entry(f"{index}#{mode}", "", mode, MODES[mode], ()), LANGUAGE_SEED, 0)
     example = encode_example(tokenizer, question, captions_of(script)[mode][0], len(notes), 512)
     words = iter(notes)
     video = placeholder_id(tokenizer)
@@ -332,9 +346,13 @@ def language_example(index, mode, tokenizer, note_ids):
     return example
 
 
-def language_batch(indices, tokenizer, note_ids):
-    """(input_ids, labels) [B, L] of clips, in turn with a Microscope and a Copilot caption."""
-    rows = [language_example(index, ("microscope", "copilot")[row % 2], tokenizer, note_ids)
+worded_example = functools.partial(language_example, worded=True)
+
+
+def language_batch(indices, tokenizer, note_ids, example):
+    """(input_ids, labels) [B, L] of clips, in turn with a Microscope and a Copilot caption; `example`: see
+    `train_language`."""
+    rows = [example(index, ("microscope", "copilot")[row % 2], tokenizer, note_ids)
             for row, index in enumerate(indices)]
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -391,21 +409,15 @@ def wrong_events(model, tokenizer, note_ids, num_clips=100):
     return wrong / told
 
 
-def build_language(folder, steps=4000, batch=16):
-    """Train the tokenizer, then the language model on captions that are true to the notes before them."""
-    from transformers import GenerationConfig, Qwen3ForCausalLM
-
-    torch.manual_seed(LANGUAGE_SEED)
-    tokenizer = build_tokenizer(folder)
+def train_language(model, tokenizer, example, clips, steps, peak, batch=16):
+    """Train on batches of `example(index, mode, tokenizer, note_ids)` of the clips."""
     note_ids = find_note_ids(tokenizer)
-    model = Qwen3ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")  # faster here
-    clips = language_clips()
-    say(f"language: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    model.train()
     begun, recent = time.time(), []
     for step in range(steps):
-        set_lr(optimizer, learning_rate(step, steps, 3e-3, warmup=60))
-        input_ids, labels = language_batch(itertools.islice(clips, batch), tokenizer, note_ids)
+        set_lr(optimizer, learning_rate(step, steps, peak, warmup=60))
+        input_ids, labels = language_batch(itertools.islice(clips, batch), tokenizer, note_ids, example)
         with torch.autocast("cpu", torch.bfloat16):
             loss = caption_loss(model, input_ids, labels)
         optimizer.zero_grad()
@@ -417,18 +429,44 @@ def build_language(folder, steps=4000, batch=16):
             left = (time.time() - begun) / (step + 1) * (steps - step - 1)
             say(f"language: step {step + 1} of {steps}, loss {np.mean(recent[-50:]):.3f}, {left / 60:.1f} min left")
     model.eval()
-    with torch.no_grad():
-        fresh = [language_batch(range(start, start + 16), tokenizer, note_ids)
-                 for start in range(FRESH, FRESH + 64, 16)]
-        held = float(np.mean([caption_loss(model, *pair).item() for pair in fresh]))
-    events = wrong_events(model, tokenizer, note_ids)
-    say(f"language: loss {held:.4f} on 64 fresh captions; {events:.1%} of what vehicles are said to do is wrong")
+
+
+def build_language(folder):
+    """Train the tokenizer, then the language model on captions that are true to the notes before them."""
+    from transformers import GenerationConfig, Qwen3ForCausalLM
+
+    torch.manual_seed(LANGUAGE_SEED)
+    tokenizer = build_tokenizer(folder)
+    model = Qwen3ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")  # faster here
+    say(f"language: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    train_language(model, tokenizer, language_example, language_clips(), steps=4000, peak=3e-3)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=ends[1], do_sample=True, temperature=0.7, top_k=20, top_p=0.8,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
-    return {"caption_loss": round(held, 4), "wrong_events": round(events, 4)}
+    return tune_language(folder)
+
+
+def tune_language(folder):
+    """Teach the language model in `folder` to be asked in many words, as instruction tuning does: to one that knows the
+    standard questions alone, any other wording is noise, which stage 1's projector would learn to make up for."""
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    train_language(model, tokenizer, worded_example, language_clips(TUNING), steps=500, peak=1e-3)
+    note_ids, measured = find_note_ids(tokenizer), {}
+    for name, example in (("caption_loss", language_example), ("worded_loss", worded_example)):
+        with torch.no_grad():
+            fresh = [language_batch(range(start, start + 16), tokenizer, note_ids, example)
+                     for start in range(FRESH, FRESH + 64, 16)]
+            measured[name] = round(float(np.mean([caption_loss(model, *pair).item() for pair in fresh])), 4)
+    measured["wrong_events"] = round(wrong_events(model, tokenizer, note_ids), 4)
+    say(f"language: {measured['caption_loss']} nats a token on 64 fresh captions, {measured['worded_loss']} in other "
+        f"wordings; {measured['wrong_events']:.1%} of what vehicles are said to do is wrong")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return measured
 
 
 # ------------------------------------------------------------------------------------------------------- all parts
