@@ -291,13 +291,14 @@ def training_questions(entry: Entry) -> tuple[str, ...]:
     return (mode.question, *mode.wordings) if entry.question == mode.question else (entry.question,)
 
 
-def draw_question(entry: Entry, seed: int, epoch: int) -> str:
+def draw_question(entry: Entry, seed: int, epoch: int, share: float = 0.5) -> str:
     """What training asks of an entry in one pass over the data: a function of (seed, epoch, id), so that ranks and
-    resumed runs agree. Half of the time it is the standard question, which evaluation asks, else one of the wordings.
+    resumed runs agree. In a `share` of the draws it is one of the wordings, else the standard question, which
+    evaluation asks.
     """
     standard, *wordings = training_questions(entry)
-    turn, is_standard = divmod(stable_seed("question", seed, epoch, entry.id), 2)
-    return standard if is_standard or not wordings else wordings[turn % len(wordings)]
+    turn, tick = divmod(stable_seed("question", seed, epoch, entry.id), 1000)
+    return wordings[turn % len(wordings)] if wordings and tick < 1000 * share else standard
 
 
 def _entry(video: str, mode: str, question: str, captions, key: str) -> Entry:
@@ -1061,12 +1062,12 @@ class VideoInstructDataset(Dataset):
     def __init__(
         self, entries: list[Entry], tokenizer, *, video_root, num_frames: int, image_size: int,
         num_visual_tokens: int, max_text_tokens: int, cache_dir=None, seed: int = 0, train: bool = True,
-        augment: bool | None = None, features: ClipTensors | None = None,
+        augment: bool | None = None, features: ClipTensors | None = None, wordings: float = 0.5,
     ):
         self.entries, self.tokenizer, self.video_root = entries, tokenizer, Path(video_root)
         self.num_frames, self.image_size, self.cache_dir = num_frames, image_size, cache_dir
         self.num_visual_tokens, self.max_text_tokens = num_visual_tokens, max_text_tokens
-        self.seed, self.train, self.features = seed, train, features
+        self.seed, self.train, self.features, self.wordings = seed, train, features, wordings
         self.augment = train if augment is None else augment
 
     def __len__(self) -> int:
@@ -1077,7 +1078,7 @@ class VideoInstructDataset(Dataset):
         entry = self.entries[index]
         draw = random.Random(f"{self.seed}/{epoch}/{entry.id}")  # seeded by the text: the same in every process
         caption = draw.choice(entry.captions) if self.train else entry.captions[0]
-        question = draw_question(entry, self.seed, epoch) if self.train else entry.question
+        question = draw_question(entry, self.seed, epoch, self.wordings) if self.train else entry.question
         example, cut = _encode_example(self.tokenizer, question, caption, self.num_visual_tokens, self.max_text_tokens)
         try:
             clip = self._read(entry.video, draw)

@@ -89,7 +89,7 @@ class VisualTokens:
         return self.tensors.make(video, self.model.encode_video).to(self.model.device)
 
 
-def prompts_of_step(entries, step, count, modes, seed):
+def prompts_of_step(entries, step, count, modes, seed, wordings=0.5):
     """The `count` entries of optimizer step `step` (from 0), in slot order, each with the question that it is asked
     (`draw_question`): a function of its arguments.
 
@@ -107,7 +107,7 @@ def prompts_of_step(entries, step, count, modes, seed):
         generator = torch.Generator().manual_seed(stable_seed(seed, mode, epoch))
         order = torch.randperm(len(pools[mode]), generator=generator)
         entry = pools[mode][order[index]]
-        chosen.append(dataclasses.replace(entry, question=draw_question(entry, seed, epoch)))
+        chosen.append(dataclasses.replace(entry, question=draw_question(entry, seed, epoch, wordings)))
     return chosen
 
 
@@ -295,7 +295,8 @@ class RolloutSampler:
         All ranks call this together.
         """
         config = self.config
-        chosen = prompts_of_step(prompts, step - 1, self.prompts_per_step, config.modes, config.seed)
+        chosen = prompts_of_step(prompts, step - 1, self.prompts_per_step, config.modes, config.seed,
+                                 config.wordings)
         first = self.accelerator.process_index * self.prompts_per_rank
         asked = {slot: chosen[slot] for slot in range(first, first + self.prompts_per_rank)}
         visual, errors = self.read_clips(asked)

@@ -271,7 +271,7 @@ def make_dataset(config, model, entries, features=None, train: bool = True) -> V
         entries, model.tokenizer, video_root=config.video_root, num_frames=model.num_frames,
         image_size=model.image_size, num_visual_tokens=model.num_visual_tokens,
         max_text_tokens=config.max_text_tokens, cache_dir=config.frame_cache, seed=config.seed, train=train,
-        augment=config.augment and train, features=features,
+        augment=config.augment and train, features=features, wordings=config.wordings,
     )
 
 
