@@ -11,6 +11,7 @@ model's tokenizer (and, for the number of visual tokens, the vision model's conf
 Exit code: 0 sound (warnings allowed, unless --strict), 1 problems in rows or clips, 2 wrong flags or missing inputs.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -143,6 +144,7 @@ def main(argv=None) -> int:
     split_rows(rows, config, found)
     check_repeats(clips, found)
     check_questions(rows, found)
+    check_wordings(rows, inputs.tokenizer, found)
     check_modes(rows, config, found)
     lengths = check_labels(rows, inputs, config, found)
     facts = {} if config.no_video else check_clips(clips, inputs, config, found)
@@ -239,7 +241,7 @@ def check_unknown_mode(tokenizer, raw, error: RowError, where: str, found: Findi
         found.add("error", another.code, where, str(another))
         return
     for entry in entries:
-        for name, control in find_controls(tokenizer, entry):
+        for name, control in find_controls(tokenizer, dataset.texts_of(entry)):
             found.add("error", "control_token", where, f"{name} contains {control}")
 
 
@@ -289,12 +291,20 @@ def check_questions(rows: list[Row], found: Findings) -> None:
     """Find questions that are used for two modes."""
     first_uses = {}  # question -> (mode, where)
     for name, mode in MODE_TABLE.items():
-        first_uses |= dict.fromkeys([mode.question, *mode.wordings], (name, "the standard prompts"))
+        first_uses |= dict.fromkeys(mode.known, (name, "dataset.MODE_TABLE"))
     for row, entry in entries_of(rows):
         mode, where = first_uses.setdefault(entry.question, (entry.mode, row.where))
         if mode != entry.mode:
             found.add("error", "ambiguous_prompt", row.where,
                       f"{entry.question[:60]!r} means {entry.mode} here, but {mode} in {where}", [row])
+
+
+def check_wordings(rows: list[Row], tokenizer, found: Findings) -> None:
+    """Find control tokens in what training asks instead of the rows' own questions."""
+    for mode in sorted({entry.mode for _, entry in entries_of(rows) if entry.question == MODES[entry.mode]}):
+        wordings = [(repr(wording), wording) for wording in MODE_TABLE[mode].wordings]
+        for name, control in find_controls(tokenizer, wordings):
+            found.add("error", "control_token", f"dataset.MODE_TABLE, {mode}", f"{name} contains {control}")
 
 
 def check_modes(rows: list[Row], config, found: Findings) -> None:
@@ -451,17 +461,19 @@ def check_labels(rows: list[Row], inputs: Inputs, config, found: Findings) -> di
 
 
 def check_entry(tokenizer, entry: Entry, visual_tokens: int, limit: int) -> tuple[list[tuple], list[int]]:
-    """([(level, code, message)], [text tokens of each caption before any cut])."""
-    controls = dict(find_controls(tokenizer, entry))
+    """([(level, code, message)], [text tokens of each caption before any cut]), with the longest question that
+    training may ask."""
+    controls = dict(find_controls(tokenizer, dataset.texts_of(entry)))
     problems = [("error", "control_token", f"{name} contains {token}") for name, token in controls.items()]
     if "the question" in controls:
         return problems, []
-    tokens, prompt = [], len(dataset.encode_prompt(tokenizer, entry.question, 0))
+    question = longest_question(tokenizer, dataset.training_questions(entry))
+    tokens, prompt = [], len(dataset.encode_prompt(tokenizer, question, 0))
     for name, caption in dataset.texts_of(entry)[1:]:
         if name in controls:
             continue
         try:
-            example = dataset.encode_example(tokenizer, entry.question, caption, visual_tokens, limit)
+            example = dataset.encode_example(tokenizer, question, caption, visual_tokens, limit)
         except DataError as error:
             problems.append(("error", "prompt_too_long", str(error)))
             continue
@@ -474,10 +486,17 @@ def check_entry(tokenizer, entry: Entry, visual_tokens: int, limit: int) -> tupl
     return problems, tokens
 
 
-def find_controls(tokenizer, entry: Entry) -> list[tuple[str, str]]:
-    """[("the question" or "caption N", a control token in it)], of this tokenizer or of similar ones."""
+@functools.lru_cache(maxsize=1024)
+def longest_question(tokenizer, questions: tuple[str, ...]) -> str:
+    """The question with the most tokens; those with control tokens are reported elsewhere, and left out."""
+    sound = [question for question in questions if not dataset.find_control_text(tokenizer, question)]
+    return max(sound, key=lambda question: len(tokenizer.encode(question, add_special_tokens=False)))
+
+
+def find_controls(tokenizer, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """[(name, text)] -> [(name, a control token in the text)], of this tokenizer or of similar ones."""
     found = []
-    for name, text in dataset.texts_of(entry):
+    for name, text in texts:
         likely = LIKELY_CONTROL.search(text)
         control = dataset.find_control_text(tokenizer, text) or (likely[0] if likely else None)
         found += [(name, control)] if control else []
@@ -646,6 +665,7 @@ def count(rows, clips, facts, lengths, inputs: Inputs, config, found: Findings) 
         "modes": {mode: {"train": len(uses) - held_out[mode], "held_out": held_out[mode]}
                   for mode, uses in by_mode.items()},
         "train_clips": len(clips) - held_out_clips, "held_out_clips": held_out_clips,
+        "own_questions": sum(entry.question != MODES[entry.mode] for entry in entries),
         "words": {mode: percentiles(count_words(uses)) for mode, uses in by_mode.items()},
         "text_tokens": count_tokens(list(itertools.chain(*lengths.values())), config.max_text_tokens),
         "errors": found.count("error"), "warnings": found.count("warning"),
@@ -690,6 +710,9 @@ def summary_lines(counts: dict, inputs: Inputs, config) -> list[tuple[str, str]]
     source = config.val_data or f"split_seed {config.split_seed}"
     lines = [("rows", f"{c['rows']:,} readable, {c['entries']:,} entries ({modes}) of {c['clips']:,} clips"),
              ("split", f"{c['train_clips']:,} clips to train on, {c['held_out_clips']:,} held out ({source})")]
+    wordings = ", ".join(f"{mode} in {1 + len(info.wordings)} wordings" for mode, info in MODE_TABLE.items())
+    lines.append(("asked", f"{c['entries'] - c['own_questions']:,} entries as their mode is ({wordings}), "
+                           f"{c['own_questions']:,} in their own words"))
     if t:
         lines += [("text", f"{t['min']:.0f} to {t['max']:.0f} tokens with prompt and end token, median "
                            f"{t['median']:.0f}; max_text_tokens {t['limit']:,} cuts {t['cut']:,} of {c['captions']:,}"),

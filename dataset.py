@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -45,20 +46,96 @@ VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts
 
 @dataclass(frozen=True)
 class Mode:
-    """One granularity. A new mode is one entry in MODE_TABLE and one in the reward's MODE_REWARDS."""
+    """One granularity. A new mode is one entry in MODE_TABLE and one in the reward's MODE_REWARDS.
 
-    question: str  # what the model is asked
-    wordings: tuple[str, ...] = ()  # questions of data files that mean this mode and are asked as `question`
+    No question stands in it twice (ValueError). A data file may ask any of them: such a row is of this mode and is
+    asked as `question`, so that no row brings an `unseen` one into training.
+    """
+
+    question: str  # the standard question: what evaluation asks, and training half of the time
+    wordings: tuple[str, ...] = ()  # other words for it: training draws from them otherwise (`draw_question`)
+    unseen: tuple[str, ...] = ()  # other words that training never draws: evaluate.py asks whether they work too
     word_range: tuple[int, int] = (1, 1000)  # fewest and most words of a usual answer
     max_new_tokens: int = 1024  # an answer is cut off after this many tokens
     colour: str = "#475467"  # on pages and curves
 
+    def __post_init__(self):
+        if len(self.known) < 1 + len(self.wordings) + len(self.unseen):
+            raise ValueError(f"a mode has a question twice: {self.question!r}, its wordings or unseen ones")
+
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """Every question that means this mode."""
+        return frozenset((self.question, *self.wordings, *self.unseen))
+
+
+CLIP_NAMES = ("the video", "this clip", "the footage", "the scene", "this driving video", "the recording")
+# Questions by what their gap takes. The modes share them, so that only the words in the gap say which one is meant.
+FORMS = {
+    "adjective": (
+        "Write a {} report on {clip}.", "I need a {} description of {clip}.", "May I have a {} account of {clip}?",
+        "{} answer: what does the camera see in {clip}?", "{} caption for {clip}:",
+        "The driver wants a {} text about {clip}.",
+    ),
+    "adverb": (
+        "Describe {clip} {}.", "Explain {} what happens in {clip}.", "Please go through {clip} {}.",
+        "Could you report on {clip} {}?", "How does the traffic behave in {clip}? Answer {}.",
+        "Say {} what is on the road in {clip}.",
+    ),
+    "sentence": (
+        "What happens in {clip}? {}", "{} What does {clip} show?", "Report on {clip}. {}", "Look at {clip}. {}",
+        "Tell me about {clip}. {}", "Who does what on the road in {clip}? {}",
+    ),
+}
+
+
+def fill_forms(**gaps: tuple[str, ...]) -> tuple[str, ...]:
+    """{kind of gap: texts} -> every form with every text in its gap, for every name of the clip."""
+    wordings = []
+    for kind, texts in gaps.items():
+        for form, text, clip in itertools.product(FORMS[kind], texts, CLIP_NAMES):
+            wording = form.format(text, clip=clip)
+            wordings.append(wording[0].upper() + wording[1:])
+    return tuple(wordings)
+
 
 MODE_TABLE = {
-    "microscope": Mode("Describe the video in detail.", word_range=WORDS["microscope"].usual, max_new_tokens=1024,
-                       colour="#2563eb"),
-    "copilot": Mode("Summarize the driving scene concisely.", word_range=WORDS["copilot"].usual, max_new_tokens=128,
-                    colour="#d9480f"),
+    "microscope": Mode(
+        "Describe the video in detail.",
+        wordings=fill_forms(
+            adjective=("detailed", "full", "complete", "thorough", "long", "comprehensive"),
+            adverb=("in every detail", "thoroughly", "completely", "at length", "step by step", "with great care"),
+            sentence=("Leave nothing out.", "Mention everything.", "Be thorough.", "I want to know every detail.",
+                      "Name all objects and all that they do.", "Be careful to say all of it.")),
+        unseen=(
+            "Give a detailed description of this clip.",
+            "What exactly is going on here? Go into detail.",
+            "Please tell the full story of this footage.",
+            "Can you list everything you see in the scene, one thing after another?",
+            "A thorough and complete report, please.",
+            "Narrate this dashcam recording from the first frame to the last, missing no detail.",
+            "Which vehicles, people and lights appear, and how do they move? Describe them all carefully.",
+            "Take your time and write a long description of what you watch.",
+        ),
+        word_range=WORDS["microscope"].usual, max_new_tokens=1024, colour="#2563eb"),
+    "copilot": Mode(
+        "Summarize the driving scene concisely.",
+        wordings=fill_forms(
+            adjective=("short", "brief", "concise", "quick", "compact", "very short"),
+            adverb=("briefly", "concisely", "in a few words", "quickly", "in short", "as briefly as you can"),
+            sentence=("Keep it short.", "Only the main point.", "Be concise.", "Just the gist, nothing more.",
+                      "A few words are enough.", "Sum it up.")),
+        unseen=(
+            "Short driving advice, please.",
+            "What is going on here? Be brief.",
+            "Can you summarize this clip in a single short sentence?",
+            "Give me a quick overview of the footage.",
+            "In brief: what is this scene about?",
+            "A concise report, please.",
+            "Boil this dashcam recording down to a few words.",
+            "Tell the person at the wheel briefly what is ahead.",
+        ),
+        word_range=WORDS["copilot"].usual, max_new_tokens=128, colour="#d9480f"),
 }
 MODES = {name: mode.question for name, mode in MODE_TABLE.items()}
 
@@ -195,18 +272,34 @@ def parse_row(row, default_mode: str | None = None) -> list[Entry]:
         raise RowError("empty_question", f"the question of {video} is empty or not a text")
     question = clean_text(question, "question")
     mode = find_mode(row, question, default_mode)
-    question = MODES[mode] if question in MODE_TABLE[mode].wordings else question  # asked in today's words
+    question = MODES[mode] if question in MODE_TABLE[mode].known else question  # asked in today's words
     return [_entry(video, mode, question, captions, "captions")]
 
 
 def find_mode(row: dict, question: str, default_mode: str | None) -> str:
-    """The row's `mode`, else the mode of MODE_TABLE that asks this question, else `default_mode`; else a RowError."""
-    asked = [name for name, mode in MODE_TABLE.items() if question in (mode.question, *mode.wordings)]
+    """The row's `mode`, else the mode of MODE_TABLE that knows this question, else `default_mode`; else a RowError."""
+    asked = [name for name, mode in MODE_TABLE.items() if question in mode.known]
     mode = row.get("mode", asked[0] if asked else default_mode)
     if not isinstance(mode, str) or mode not in MODES:
         seen = f'"mode" is {mode!r}' if "mode" in row else f'no "mode", and {question[:60]!r} is not a known question'
         raise RowError("unknown_mode", f"{seen}; modes are {', '.join(MODES)} (default_mode can set one)")
     return mode
+
+
+def training_questions(entry: Entry) -> tuple[str, ...]:
+    """What training may ask of an entry: the mode's question and its wordings, or the row's own question alone."""
+    mode = MODE_TABLE[entry.mode]
+    return (mode.question, *mode.wordings) if entry.question == mode.question else (entry.question,)
+
+
+def draw_question(entry: Entry, seed: int, epoch: int, share: float = 0.5) -> str:
+    """What training asks of an entry in one pass over the data: a function of (seed, epoch, id), so that ranks and
+    resumed runs agree. In a `share` of the draws it is one of the wordings, else the standard question, which
+    evaluation asks.
+    """
+    standard, *wordings = training_questions(entry)
+    turn, tick = divmod(stable_seed("question", seed, epoch, entry.id), 1000)
+    return wordings[turn % len(wordings)] if wordings and tick < 1000 * share else standard
 
 
 def _entry(video: str, mode: str, question: str, captions, key: str) -> Entry:
@@ -468,12 +561,15 @@ def texts_of(entry: Entry) -> list[tuple[str, str]]:
     return [("the question", entry.question), *captions]
 
 
-def find_bad_texts(entries: list[Entry], tokenizer, max_text_tokens: int | None = None) -> list[str]:
+def find_bad_texts(entries: list[Entry], tokenizer, max_text_tokens: int | None = None,
+                   wordings: float = 0.5) -> list[str]:
     """What training would stop at only when it draws that caption: one line per problem, the first 20 and a count.
 
-    Texts that spell out a control token, and questions that leave no room for an answer in `max_text_tokens`.
+    Texts that spell out a control token, and questions that leave no room for an answer in `max_text_tokens`; among
+    them all that training may ask instead of the entries' own, unless the share `wordings` of such draws is 0.
     """
-    problems, search = [], _control_pattern(tokenizer, len(tokenizer)).search
+    search = _control_pattern(tokenizer, len(tokenizer)).search
+    problems = _bad_wordings(entries, tokenizer, max_text_tokens) if wordings else []
     long_questions = {}  # question -> its tokens with the end token, where those are too many
     for question in {entry.question for entry in entries} if max_text_tokens is not None else ():
         if not search(question):
@@ -487,6 +583,21 @@ def find_bad_texts(entries: list[Entry], tokenizer, max_text_tokens: int | None 
                             f"token, max_text_tokens is {max_text_tokens}")
     more = [f"... and {len(problems) - 20:,} more"] if len(problems) > 20 else []
     return problems[:20] + more
+
+
+def _bad_wordings(entries, tokenizer, limit: int | None) -> list[str]:
+    """One line for each wording of the entries' modes that spells out a control token or is over `limit` tokens."""
+    problems = []
+    for mode in sorted({entry.mode for entry in entries if entry.question == MODE_TABLE[entry.mode].question}):
+        for wording in MODE_TABLE[mode].wordings:
+            control = find_control_text(tokenizer, wording)
+            tokens = 0 if control else len(encode_prompt(tokenizer, wording, 0)) + 1
+            if control:
+                problems.append(f"MODE_TABLE: {wording!r} ({mode}) contains the control token {control}")
+            elif limit is not None and tokens > limit:
+                problems.append(f"MODE_TABLE: {wording!r} ({mode}) takes {tokens} tokens with the end token, "
+                                f"max_text_tokens is {limit}")
+    return problems
 
 
 def _encode_text(tokenizer, text: str, what: str) -> list[int]:
@@ -946,19 +1057,19 @@ class VideoInstructDataset(Dataset):
     An example is {"id", "frames" uint8 [T, S, S, 3], "input_ids", "labels" (lists of one length), "cut" (did the answer
     not fit?)}; with `features` (the tower's, as ClipTensors), it has "features" [T, P, Dv] instead of frames. A clip
     that cannot be read is never replaced by another: its example has "error" ("path: reason"), zeros for frames and no
-    supervised token, and `collate` leaves it out. Caption variant and augmentation (`augment`; None: as `train`) depend
-    on (seed, epoch, id) alone; with `train=False` the answer is `captions[0]`.
+    supervised token, and `collate` leaves it out. Question, caption variant and augmentation (`augment`; None: as
+    `train`) depend on (seed, epoch, id) alone; with `train=False`, they are the entry's own and `captions[0]`.
     """
 
     def __init__(
         self, entries: list[Entry], tokenizer, *, video_root, num_frames: int, image_size: int,
         num_visual_tokens: int, max_text_tokens: int, cache_dir=None, seed: int = 0, train: bool = True,
-        augment: bool | None = None, features: ClipTensors | None = None,
+        augment: bool | None = None, features: ClipTensors | None = None, wordings: float = 0.5,
     ):
         self.entries, self.tokenizer, self.video_root = entries, tokenizer, Path(video_root)
         self.num_frames, self.image_size, self.cache_dir = num_frames, image_size, cache_dir
         self.num_visual_tokens, self.max_text_tokens = num_visual_tokens, max_text_tokens
-        self.seed, self.train, self.features = seed, train, features
+        self.seed, self.train, self.features, self.wordings = seed, train, features, wordings
         self.augment = train if augment is None else augment
 
     def __len__(self) -> int:
@@ -969,9 +1080,8 @@ class VideoInstructDataset(Dataset):
         entry = self.entries[index]
         draw = random.Random(f"{self.seed}/{epoch}/{entry.id}")  # seeded by the text: the same in every process
         caption = draw.choice(entry.captions) if self.train else entry.captions[0]
-        example, cut = _encode_example(
-            self.tokenizer, entry.question, caption, self.num_visual_tokens, self.max_text_tokens
-        )
+        question = draw_question(entry, self.seed, epoch, self.wordings) if self.train else entry.question
+        example, cut = _encode_example(self.tokenizer, question, caption, self.num_visual_tokens, self.max_text_tokens)
         try:
             clip = self._read(entry.video, draw)
         except VideoError as error:

@@ -11,8 +11,8 @@ the reward checks). Each number has a 95% bootstrap interval over clips, each pa
 `--num_samples 4` adds rows of answers sampled at `--temperature`, `--best_of 8` a row of the best of 8 by stage 3's
 reward. `--baseline metrics.json` exits with 1 where something got worse than in an earlier run. `--clips FOLDER` asks
 about clips that have no captions, `--probes true` pairs of questions, `--twins FILE` about clips with one object
-removed. Answers already in <output_dir>/predictions.jsonl are kept if the same weights and settings made them. See
-docs/evaluation.md.
+removed. Every checkpoint is also asked in wordings that training never saw (unseen.jsonl). Answers already in
+<output_dir>/predictions.jsonl are kept if the same weights and settings made them. See docs/evaluation.md.
 """
 
 import dataclasses
@@ -81,6 +81,8 @@ from evaluation.scoring import (
     mentioned,
     mode_accuracy,
     score_slice,
+    score_wordings,
+    share_right,
     slices_of,
     tally,
     values_of,
@@ -146,8 +148,9 @@ def constant_caption(train, truth: dict[str, Truth]) -> tuple[str, float]:
 
 def prediction(system: str, entry, text: str, key="", sample=0, tokens=0, ended=True, seconds=0.0) -> dict:
     """One row of predictions.jsonl."""
-    return {"system": system, "key": key, "id": entry.id, "video": entry.video, "mode": entry.mode, "sample": sample,
-            "text": text, "tokens": tokens, "ended": ended, "seconds": round(seconds, 4)}
+    return {"system": system, "key": key, "id": entry.id, "video": entry.video, "mode": entry.mode,
+            "question": entry.question, "sample": sample, "text": text, "tokens": tokens, "ended": ended,
+            "seconds": round(seconds, 4)}
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,17 @@ def ask_all(systems: list[System], entries, config: EvaluateConfig, limits: dict
         answers[system.name] = best_of.choose(rows) if system.best_of else rows
         write_predictions(file, [row for name in keys for row in answers.get(name, ())])
     return [row for name in keys for row in answers[name]]
+
+
+def in_unseen_wordings(entries) -> list[Entry]:
+    """The entries, each asked in one of the wordings that training never draws, in turns: each of them is asked about
+    an equal share of the clips. Modes without such wordings are left out."""
+    number, asked = Counter(), []
+    for entry in entries:
+        if wordings := MODE_TABLE[entry.mode].unseen:
+            asked.append(dataclasses.replace(entry, question=wordings[number[entry.mode] % len(wordings)]))
+            number[entry.mode] += 1
+    return asked
 
 
 @torch.no_grad()
@@ -574,6 +588,21 @@ def add_twins(config: EvaluateConfig, folders, entries, limits, rows_of, systems
     return left_out
 
 
+def add_unseen(config: EvaluateConfig, folders, entries, limits, ranges, systems: dict) -> dict[str, dict]:
+    """Adds "mode_accuracy_unseen" to the checkpoints' blocks; returns {checkpoint: what `score_wordings` says of its
+    answers to the entries in unseen wordings}, which are kept in unseen.jsonl. {} if no mode has such wordings."""
+    asked = in_unseen_wordings(entries)
+    if not asked:
+        return {}
+    answered = [System(name, folder) for name, folder in folders.items()]
+    rows, counts = ask_all(answered, asked, config, limits, Path(config.output_dir) / "unseen.jsonl", None), {}
+    for name in folders:
+        answers = [row for row in rows if row["system"] == name]
+        counts[name] = score_wordings(answers, ranges)
+        systems[name]["mode_accuracy_unseen"] = share_right(counts[name])
+    return counts
+
+
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
     if config.clips:
@@ -616,6 +645,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         add_probes(config, folders, entries, truth, *planned, rows_of, metrics["systems"])
     if config.twins:
         left_out |= add_twins(config, folders, entries, limits, rows_of, metrics["systems"])
+    if config.unseen_wordings:
+        metrics["unseen_wordings"] = add_unseen(config, folders, entries, limits, ranges, metrics["systems"])
     if second:
         metrics["agreed"] = score_agreed(config, list(folders), rows_of, truth, second, ranges)
     write_json(out / "metrics.json", metrics, indent=1)

@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from dataset import IGNORE_INDEX, MODES, encode_example, frame_indices, placeholder_id, read_frames
+from dataset import IGNORE_INDEX, MODE_TABLE, MODES, encode_example, frame_indices, placeholder_id, read_frames
 from demo.world import (
     CLASSES,
     COLOURS,
@@ -37,6 +38,7 @@ from demo.world import (
     actions_of,
     boxes_of,
     captions_of,
+    event_facts,
     make_clip,
     make_script,
     render,
@@ -59,9 +61,18 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PARAPHRASES = {
-    "microscope": ("Describe what happens in detail.", "Give a detailed report of the clip."),
-    "copilot": ("Summarize the scene briefly.", "Give a short summary of the drive."),
+# Words by which a question says how long the answer shall be, as any language model knows them.
+LENGTH_WORDS = {
+    "microscope": (
+        "detail", "details", "in detail", "detailed", "thorough", "thoroughly", "complete", "completely", "full",
+        "fully", "long", "longer", "at length", "everything", "all of it", "carefully", "careful", "exactly",
+        "extensive", "comprehensive", "exhaustive", "step by step", "nothing left out", "as much as you can",
+    ),
+    "copilot": (
+        "short", "shortly", "in short", "brief", "briefly", "in brief", "concise", "concisely", "compact", "quick",
+        "quickly", "few words", "in a few words", "one line", "one sentence", "single", "summary", "summarize",
+        "sum it up", "main point", "gist", "at a glance", "tersely", "as little as you can",
+    ),
 }
 # What a note may say about a cell, by class of the object.
 NOTE_OF = {
@@ -69,7 +80,7 @@ NOTE_OF = {
     "traffic light": "light", "stop sign": "sign",
 }
 COMMON = """the a an of and to in is are was it this that with for on as at by from not be have has had do does will can
-would could should there here what which who when where why how yes no please describe summarize video image frame clip
+would could should there here what which who when where why how yes no please video image frame clip
 scene user assistant system answer question road street lane vehicle ahead behind left right day night city country
 one two three first then next while after before because so north south east west morning evening rain snow sun"""
 
@@ -236,7 +247,9 @@ def build_tokenizer(folder, vocab_size=1200, texts_from=800):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [*MODES.values(), *(q for questions in PARAPHRASES.values() for q in questions)] * 40 + [COMMON] * 8
+    texts = [*MODES.values()] * 40 + [COMMON] * 8
+    for mode, words in LENGTH_WORDS.items():
+        texts += [*MODE_TABLE[mode].wordings[::8], *([" ".join(["", *words])] * 8)]
     for index in range(texts_from):
         captions = captions_of(make_script((LANGUAGE_SEED, index)))
         texts += [*captions["microscope"], *captions["copilot"]]
@@ -311,11 +324,30 @@ def language_script(index):
 def language_clips():
     """Numbers of the clips to train on. A car, bus or truck does one of two things, and notes tell which only by where
     it is: hard to read, and so rare that on clips as they come the model never learns it. So most have two such events.
+    The side from which one comes is as hard to read: such clips are taken more often too.
     """
     for index in itertools.count():
-        twofold = sum(event.name in COLOURS for event in language_script(index).events)
-        if twofold >= 2 or twofold == 1 and index % 3 == 0 or index % 8 == 0:
+        events = language_script(index).events
+        twofold = sum(event.name in COLOURS for event in events)
+        crossing = any(event.kind in ("car_turns", "truck_merges") for event in events)
+        if twofold >= 2 or twofold == 1 and index % 3 <= crossing or index % 8 == 0:
             yield index
+
+
+def language_question(mode, rng):
+    """What the language model is asked: the standard question, a wording of training (dataset.MODE_TABLE), or any words
+    among which one says how long the answer shall be.
+
+    A language model that knows the standard questions alone takes any other for noise, where a real one knows what the
+    words mean. The wordings that evaluate.py keeps for itself, `unseen`, are never among these."""
+    kind = rng.random()
+    if kind < 0.5:
+        return MODES[mode]
+    if kind < 0.75:
+        return str(rng.choice(MODE_TABLE[mode].wordings))
+    words = [str(word) for word in rng.choice(COMMON.split(), size=rng.integers(1, 12))]
+    words.insert(rng.integers(len(words) + 1), str(rng.choice(LENGTH_WORDS[mode])))
+    return " ".join(words)
 
 
 def language_example(index, mode, tokenizer, note_ids):
@@ -324,8 +356,7 @@ def language_example(index, mode, tokenizer, note_ids):
     rng = np.random.default_rng((LANGUAGE_SEED, index))
     boxes = boxes_of(script)
     notes = write_notes(script, [boxes[i] for i in frame_indices(FRAMES, NUM_FRAMES)], rng)
-    question = MODES[mode] if rng.random() < 0.85 else str(rng.choice(PARAPHRASES[mode]))
-    example = encode_example(tokenizer, question, captions_of(script)[mode][0], len(notes), 512)
+    example = encode_example(tokenizer, language_question(mode, rng), captions_of(script)[mode][0], len(notes), 512)
     words = iter(notes)
     video = placeholder_id(tokenizer)
     example["input_ids"] = [note_ids[next(words)] if id_ == video else id_ for id_ in example["input_ids"]]
@@ -374,24 +405,30 @@ def caption_loss(model, input_ids, labels):
 
 
 @torch.no_grad()
-def wrong_events(model, tokenizer, note_ids, num_clips=100):
-    """Of the events of vehicles that Copilot captions of fresh notes tell, the share that is wrong."""
-    told = wrong = 0
+def wrong_statements(model, tokenizer, note_ids, num_clips=200):
+    """What Copilot captions of fresh notes say of events: the shares that are wrong, of what vehicles do and of the
+    sides on which things are."""
+    told, wrong = Counter(), Counter()
     for index in range(FRESH, FRESH + num_clips):
         example = language_example(index, "copilot", tokenizer, note_ids)
         prompt = [id_ for id_, label in zip(example["input_ids"], example["labels"], strict=True)
                   if label == IGNORE_INDEX]
         answer = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)[0, len(prompt):]
-        actions = actions_of(language_script(index))
+        script = language_script(index)
+        actions, sides = actions_of(script), {}
+        for fact in event_facts(script):
+            sides.setdefault(fact["class"], set()).add(fact["side"])
         for statement in read_caption(tokenizer.decode(answer, skip_special_tokens=True)).statements:
-            acting = [name for name in statement.subject if name in COLOURS and name in actions]
-            if statement.kind == "verb" and acting:
-                told += 1
-                wrong += not any(statement.value in actions[name] for name in acting)
-    return wrong / told
+            verb = statement.kind == "verb"
+            truth = actions if verb else sides if statement.value in ("left", "right") else {}
+            known = [name for name in statement.subject if name in truth and (name in COLOURS or not verb)]
+            if known:
+                told[verb] += 1
+                wrong[verb] += not any(statement.value in truth[name] for name in known)
+    return {"wrong_events": round(wrong[True] / told[True], 4), "wrong_sides": round(wrong[False] / told[False], 4)}
 
 
-def build_language(folder, steps=4000, batch=16):
+def build_language(folder, steps=6000, batch=16):
     """Train the tokenizer, then the language model on captions that are true to the notes before them."""
     from transformers import GenerationConfig, Qwen3ForCausalLM
 
@@ -421,14 +458,15 @@ def build_language(folder, steps=4000, batch=16):
         fresh = [language_batch(range(start, start + 16), tokenizer, note_ids)
                  for start in range(FRESH, FRESH + 64, 16)]
         held = float(np.mean([caption_loss(model, *pair).item() for pair in fresh]))
-    events = wrong_events(model, tokenizer, note_ids)
-    say(f"language: loss {held:.4f} on 64 fresh captions; {events:.1%} of what vehicles are said to do is wrong")
+    wrong = wrong_statements(model, tokenizer, note_ids)
+    say(f"language: loss {held:.4f} on 64 fresh captions; {wrong['wrong_events']:.1%} of what vehicles are said to do "
+        f"and {wrong['wrong_sides']:.1%} of the sides are wrong")
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=ends[1], do_sample=True, temperature=0.7, top_k=20, top_p=0.8,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
-    return {"caption_loss": round(held, 4), "wrong_events": round(events, 4)}
+    return {"caption_loss": round(held, 4), **wrong}
 
 
 # ------------------------------------------------------------------------------------------------------- all parts

@@ -50,13 +50,15 @@ BASELINES = {
 # {name: flags}: rewards that do not look, or look elsewhere; bench/baselines.py explains them
 PLACEBOS = {
     "style_alone": ["--reward", "bench.baselines:style_alone", "--reward_weights", "{temporal: 0.55, detail: 0.45}"],
+    "fixed_text": ["--reward", "bench.baselines:fixed_text", "--reward_weights", "{likeness: 1}"],
     "other_clip": [],
 }
 WEIGHTS = RewardKeys().reward_weights
 UNSTOPPED = ["--stop_when_blind", "none", "--max_kl", "none"]  # a run that goes wrong is a result too
 EVALUATE = [PYTHON, "evaluate.py", "--config", f"{C}/stage3.yaml", "--data", f"{OUT}/world/captions.json", "--val_data",
             f"{OUT}/fresh/captions.json", "--video_root", f"{OUT}/fresh/videos", "--truth", f"{OUT}/fresh/truth.json",
-            "--evidence_cache", f"{OUT}/evidence_fresh"]
+            "--evidence_cache", f"{OUT}/evidence_fresh", "--eval_batch_size", "100"]
+STANDARD = ["--unseen_wordings", "false"]  # other wordings are asked for the table alone
 
 
 def folder_of(seed: int, name: str) -> Path:
@@ -121,7 +123,7 @@ def table_parts(seeds) -> list[Part]:
 def look_parts() -> list[Part]:
     """Does it look? Controls of every stage, questions, twins."""
     systems = {name: OUT / name for name in ("stage1", "stage2", "stage3")}
-    flags = ["--controls", *CONTROLS, "--probes", "true", "--twins", f"{OUT}/fresh/twins.json"]
+    flags = ["--controls", *CONTROLS, "--probes", "true", "--twins", f"{OUT}/fresh/twins.json", *STANDARD]
     return [evaluation("look", "Controls, questions and twins of each stage", systems, flags, list(systems), 28)]
 
 
@@ -142,7 +144,7 @@ def ablation_parts() -> list[Part]:
             needs, config = ("stage2", "evidence-of-others"), str(other / "stage3.yaml")
         parts.append(training(DEMO_SEED, name, name.replace("_", " "), [*flags, *UNSTOPPED], needs, 178, config=config))
     systems = {"stage2": OUT / "stage2", "stage3": OUT / "stage3"} | {name: folder_of(DEMO_SEED, name) for name in runs}
-    parts.append(evaluation("ablations", "Placebos, and parts of the reward removed", systems, [],
+    parts.append(evaluation("ablations", "Placebos, and parts of the reward removed", systems, STANDARD,
                             ["stage2", "stage3", *(f"{DEMO_SEED}-{name}" for name in runs)], len(systems) + 3))
     return parts
 
@@ -161,7 +163,7 @@ def fault_parts() -> list[Part]:
         parts.append(training(DEMO_SEED, name, f"stage 3 with this evidence: {name}", UNSTOPPED,
                               ("stage2", f"faults-{name}"), 178, config=str(folder / "stage3.yaml")))
         systems[name] = folder_of(DEMO_SEED, name)
-    parts.append(evaluation("faults", "Stage 3 by a detector with faults", systems, [],
+    parts.append(evaluation("faults", "Stage 3 by a detector with faults", systems, STANDARD,
                             ["stage2", "stage3", *(part.name for part in parts)], len(systems) + 3))
     return parts
 
@@ -175,7 +177,7 @@ def over_parts() -> list[Part]:
     for step in range(OVER_EVERY, OVER_STEPS + 1, OVER_EVERY):
         systems[f"step{step}"] = run.folder / "checkpoints" / f"step-{step:06d}"
     judge = ["--second_judge.weights", f"{OUT}/detector/detector.pt", "--second_judge.image_size", "416",
-             "--second_judge.num_frames", "11"]
+             "--second_judge.num_frames", "11", *STANDARD]
     return [run, evaluation("over", "Every checkpoint of it", systems, judge, ["stage2", run.name], len(systems) + 3)]
 
 

@@ -23,7 +23,6 @@ from demo.results import (
     DEMO_SEED,
     DOSES,
     FRESH_CLIPS,
-    OUT,
     OVER_EVERY,
     OVER_STEPS,
     PLACEBOS,
@@ -39,8 +38,10 @@ from demo.results import (
 from evaluation.report import probe_tables, twin_tables
 from evaluation.scoring import METRICS
 from pages.render import markdown_table
+from stage3.held_out import blind_problem
 from training.common import git_commit, load_config, read_jsonl, write_text
 from training.config import Stage3Config
+from training.run_folder import last_checkpoint
 
 DOCS = Path("docs")
 COLUMNS = {"words": "words", "recall": "recall", "trap_told": "companions told", "trap_invented": "invented",
@@ -151,6 +152,25 @@ def draw_tradeoff(runs: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
+def wordings_section(runs: list[dict]) -> str:
+    """Answers of the granularity asked for, in the standard question and in wordings that training never saw."""
+    rows = []
+    for name in ("stage2", "longer", *BASELINES, "stage3"):
+        shares, broken, asked = {"mode_accuracy": [], "mode_accuracy_unseen": []}, 0, 0
+        for run in runs:
+            for key, values in shares.items():
+                values.append(run["systems"][name][key])
+            for questions in run["unseen_wordings"][name].values():
+                broken += sum(counts["broken"] for counts in questions.values())
+                asked += sum(counts["asked"] for counts in questions.values())
+        cells = [f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})" for values in shares.values()]
+        rows.append([SYSTEMS[name], *cells, f"{broken} of {asked:,}"])
+    return ("### Asked in other words\n\nThe share of answers of the mode's usual length, unbroken in the second "
+            "column: to the standard questions, and to eight wordings a mode that training never saw (`MODE_TABLE` in "
+            "`dataset.py`). Broken: cut off, or more than a fifth of it repeated.\n\n"
+            + table(["", "standard questions", "unseen wordings", "broken, of the unseen"], rows))
+
+
 def stage3_answers() -> str:
     config = load_config(Stage3Config, ["--config", f"{C}/stage3.yaml"])
     prompts = config.per_device_batch_size * config.gradient_accumulation_steps
@@ -168,7 +188,8 @@ same seed's stage 2 and as many answers of it, or of its own, as stage 3 takes (
 {seeds_tables(runs)}
 ![companions told against invented](results_tradeoff.png)
 
-{differences_section(runs, done)}"""
+{differences_section(runs, done)}
+{wordings_section(runs)}"""
 
 
 # ---- the other groups ------------------------------------------------------------------------------------------------
@@ -184,21 +205,41 @@ def look_section(metrics: dict) -> str:
             names += [stage, *(how if stage == "stage2" else f"{stage}/{how}" for how in CONTROLS)]
         text += systems_table(metrics, names, mode, columns) + "\n"
     text += "Two questions about each clip, and clips that lack one object ([evaluation.md](evaluation.md)):\n\n"
-    text += "\n".join(map(markdown_table, probe_tables(metrics) + twin_tables(metrics))) + "\n"
-    return text + watching(read_jsonl(OUT / "stage3" / "metrics.jsonl"))
+    return text + "\n".join(map(markdown_table, probe_tables(metrics) + twin_tables(metrics))) + "\n"
 
 
-def watching(log: list[dict]) -> str:
-    """The lead of the own clip over another clip and over grey frames, during stage 3."""
-    seen = [row for row in log if "eval_reward_microscope" in row]
-    keys = [key for key in seen[0] if key.startswith("eval_gap_")] if seen else []
-    if not keys:
-        return ""
+def gap_rows(title: str, folder: Path, config: Stage3Config) -> list[list[str]]:
+    """One run of stage 3: a row per evaluation, stage 2's first; "stop" where `stop_when_blind` stops such a run."""
+    state = json.loads((last_checkpoint(folder) / "run.json").read_text(encoding="utf-8"))
+    first = state["evaluations"]["first"]
+    log = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval_reward_microscope" in row]
     rows = []
-    for row in seen:
-        rows.append([str(row["step"]), *(f"{row[key]:.3f}" for key in keys)])
-    return ("During stage 3, how much more an answer to the own clip is paid than an answer to another clip or to grey "
-            "frames (held-out clips):\n\n" + table(["step", *keys], rows) + "\n")
+    for values in ({"step": 0, **first}, *log):
+        cells = []
+        for mode in MODES:
+            cells += [f"{values[f'eval_{key}_{mode}']:.2f}" for key in ("reward", "gap_swapped", "gap_blank")]
+        rows.append([title, str(values["step"]), *cells, "stop" if blind_problem(config, first, values) else ""])
+    return rows
+
+
+def watching_section(seeds: list[int]) -> str:
+    """Reward of the own clip, and its lead over another clip and grey frames, while stage 3 and placebos train."""
+    config = load_config(Stage3Config, ["--config", f"{C}/stage3.yaml"])
+    runs = {f"stage 3, seed {seed}": folder_of(seed, "stage3") for seed in seeds}
+    runs |= {name: folder_of(DEMO_SEED, name) for name in PLACEBOS}
+    rows = []
+    for title, folder in runs.items():
+        if last_checkpoint(folder) is not None and (folder / "metrics.jsonl").is_file():
+            rows += gap_rows(title, folder, config)
+    if not rows:
+        return ""
+    head = ["run", "step"]
+    for mode in MODES:
+        head += [f"{mode} reward", "over another clip", "over grey"]
+    return ("## Is the video still watched while it trains?\n\nOn the demo's 40 held-out clips: the reward of the "
+            "answers (each run's own), and how much less the answers to another clip, or to grey frames, are paid by "
+            "the same evidence. *stop*: here `stop_when_blind` stops the run; these went on all the same.\n\n"
+            + table([*head, ""], rows))
 
 
 def ablations_section(metrics: dict) -> str:
@@ -322,6 +363,7 @@ def write_page(seeds=SEEDS) -> Path:
             missing.append(name)
         else:
             sections.append(write(metrics))
+    sections.append(watching_section(done))
     head = f"""# Results in the toy world
 
 `make results` on {machine()}, {time.strftime('%Y-%m-%d')}, commit {git_commit()[:10]}: {spent(seeds)}.

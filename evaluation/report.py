@@ -34,10 +34,11 @@ def columns(metrics: dict, mode: str, kind: str) -> list[str]:
 def table_of_mode(metrics: dict, mode: str, kind: str) -> list[list[str]]:
     """One mode's table, its head first. kind: content (what is said) or form (how)."""
     keys = columns(metrics, mode, kind)
-    extra = ["mode acc."] if kind == "form" else []
+    extra = ["mode acc.", "mode acc. unseen"] if kind == "form" else []
     rows = [[mode.capitalize() + (", form" if kind == "form" else ""), *(METRICS[key].head for key in keys), *extra]]
     for name, block in metrics["systems"].items():
-        more = [f"{block['mode_accuracy']:.2f}"] if extra else []
+        shares = [block.get(key) for key in ("mode_accuracy", "mode_accuracy_unseen")] if extra else []
+        more = ["–" if share is None else f"{share:.2f}" for share in shares]
         rows.append([name, *(cell(block[mode], key) for key in keys), *more])
     return rows
 

@@ -21,6 +21,7 @@ from stage3.mentions import find_mentions, read_caption
 from stage3.vocabulary_config import COCO_NAMES, SAFETY_CRITICAL
 
 BOOTSTRAP = 1000  # draws of clips
+MOST_REPEATED = 0.2  # rep-4 of an answer above which it counts as broken: no caption of real or toy clips has over 0.17
 WORD = re.compile(r"[\w'-]+")
 KNOWN_OF_CLASSES = ("counts", "sides", "light", "colours", "motion")  # what a truth file may know besides `present`
 
@@ -137,6 +138,10 @@ def count_words(text: str) -> int:
     return len(WORD.findall(text))
 
 
+def four_word_sequences(words: list[str]) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+
+
 def score_text(text: str, truth: Truth, words: list[int], equal_words: int | None = None) -> dict:
     """The counts that every metric is a ratio of. `words`: [fewest, most]; `equal_words`: the number of words at which
     answers of different lengths are compared, None: they are not."""
@@ -146,7 +151,7 @@ def score_text(text: str, truth: Truth, words: list[int], equal_words: int | Non
     invented = [name for name in known if name not in truth.present]
     said = set(spoken)
     tokens = WORD.findall(text.lower())
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    grams = four_word_sequences(tokens)
     first = [spoken.index(name) for name in truth.order if name in said]  # first mentions, in the order of appearance
     pairs = list(itertools.combinations(first, 2))
     safety = truth.salient & SAFETY_CRITICAL
@@ -327,6 +332,34 @@ def mode_accuracy(predictions: list[dict], ranges: dict[str, list[int]]) -> floa
         in_range[row["video"], row["sample"]][row["mode"]] = low <= count_words(row["text"]) <= high
     right = [all(modes.values()) for modes in in_range.values() if len(modes) == len(ranges)]
     return round(float(np.mean(right)), 4) if right else 0.0
+
+
+def is_broken(row: dict) -> bool:
+    """Did the answer not end by itself, or repeat more of its four-word sequences than MOST_REPEATED?"""
+    grams = four_word_sequences(WORD.findall(row["text"].lower()))
+    return not row["ended"] or len(grams) - len(set(grams)) > MOST_REPEATED * len(grams)
+
+
+def score_wordings(predictions: list[dict], ranges: dict[str, list[int]]) -> dict[str, dict]:
+    """One system's answers to several wordings, rows with "question" -> {mode: {question: {"asked": answers, "right":
+    those of a usual length that are not broken, "broken": those that are (`is_broken`)}}}."""
+    block = {mode: {} for mode in ranges}
+    for row in predictions:
+        low, high = ranges[row["mode"]]
+        counts = block[row["mode"]].setdefault(row["question"], {"asked": 0, "right": 0, "broken": 0})
+        broken = is_broken(row)
+        counts["asked"] += 1
+        counts["broken"] += broken
+        counts["right"] += low <= count_words(row["text"]) <= high and not broken
+    return block
+
+
+def share_right(wordings: dict[str, dict]) -> float:
+    """What `score_wordings` found -> the share of all answers that are right."""
+    asked = right = 0
+    for counts in itertools.chain.from_iterable(block.values() for block in wordings.values()):
+        asked, right = asked + counts["asked"], right + counts["right"]
+    return round(right / asked, 4)
 
 
 # ---- between systems, and within parts of the clips ------------------------------------------------------------------

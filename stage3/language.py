@@ -39,7 +39,8 @@ def usual_nll(config, model, sampler, prompts, log=print) -> dict[str, float] | 
     if not config.judge_language:
         return None
     modes = sorted(set(config.modes))
-    chosen = prompts_of_step(prompts, 0, USUAL_PROMPTS * len(modes), modes, stable_seed(config.seed, "usual"))
+    chosen = prompts_of_step(prompts, 0, USUAL_PROMPTS * len(modes), modes, stable_seed(config.seed, "usual"),
+                             config.wordings)
     usual = {}
     for mode in modes:
         entries = [entry for entry in chosen if entry.mode == mode]

@@ -90,7 +90,8 @@ def group_values(records: list[dict], config: Stage3Config) -> dict:
             spans.append((start, end, kind, f"{what}: {verdict}"))
         answers.append({**record, "marked": highlight(record["text"], spans)})
     return {"video": first["video"], "mode": first["mode"], "colour": MODE_TABLE[first["mode"]].colour,
-            "evidence": first["evidence"], "frames": frames, "no_picture": no_picture, "answers": answers}
+            "question": first.get("question", ""), "evidence": first["evidence"], "frames": frames,
+            "no_picture": no_picture, "answers": answers}
 
 
 def reward_progress(metrics: list[dict]) -> list[tuple[str, float, float]]:

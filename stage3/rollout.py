@@ -23,6 +23,7 @@ from dataset import (
     ClipTensors,
     Entry,
     VideoError,
+    draw_question,
     encode_prompt,
 )
 from model import head_logits
@@ -88,8 +89,9 @@ class VisualTokens:
         return self.tensors.make(video, self.model.encode_video).to(self.model.device)
 
 
-def prompts_of_step(entries, step, count, modes, seed):
-    """The `count` entries of optimizer step `step` (from 0), in slot order: a function of its arguments.
+def prompts_of_step(entries, step, count, modes, seed, wordings=0.5):
+    """The `count` entries of optimizer step `step` (from 0), in slot order, each with the question that it is asked
+    (`draw_question`): a function of its arguments.
 
     Slots alternate between `modes` (a mode named twice gets two slots in each round). Each mode's entries are taken
     in an order shuffled by (seed, mode, pass).
@@ -104,7 +106,8 @@ def prompts_of_step(entries, step, count, modes, seed):
         epoch, index = divmod(served, len(pools[mode]))
         generator = torch.Generator().manual_seed(stable_seed(seed, mode, epoch))
         order = torch.randperm(len(pools[mode]), generator=generator)
-        chosen.append(pools[mode][order[index]])
+        entry = pools[mode][order[index]]
+        chosen.append(dataclasses.replace(entry, question=draw_question(entry, seed, epoch, wordings)))
     return chosen
 
 
@@ -228,8 +231,8 @@ def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, sha
 # Rewards
 
 
-RECORD_KEYS = frozenset("step slot k id video mode text tokens ended reward mentions claims evidence nll worst_nll "
-                        "language advantage".split())
+RECORD_KEYS = frozenset("step slot k id video mode question text tokens ended reward mentions claims evidence nll "
+                        "worst_nll language advantage".split())
 
 
 def load_reward(config, mode, reference="A car ahead."):
@@ -292,7 +295,8 @@ class RolloutSampler:
         All ranks call this together.
         """
         config = self.config
-        chosen = prompts_of_step(prompts, step - 1, self.prompts_per_step, config.modes, config.seed)
+        chosen = prompts_of_step(prompts, step - 1, self.prompts_per_step, config.modes, config.seed,
+                                 config.wordings)
         first = self.accelerator.process_index * self.prompts_per_rank
         asked = {slot: chosen[slot] for slot in range(first, first + self.prompts_per_rank)}
         visual, errors = self.read_clips(asked)
@@ -347,9 +351,9 @@ class RolloutSampler:
         mentions = [[mention.object, verdict, mention.start, mention.end]
                     for mention, verdict in label_mentions(completion.text, evidence)]
         claims = [list(label) for label in label_facts(completion.text, evidence)]
-        return {"id": entry.id, "video": entry.video, "mode": entry.mode, "text": completion.text,
-                "tokens": len(completion.ids), "ended": completion.ended, "reward": total, **parts,
-                "mentions": mentions, "claims": claims, "evidence": evidence_dict(evidence)}
+        return {"id": entry.id, "video": entry.video, "mode": entry.mode, "question": entry.question,
+                "text": completion.text, "tokens": len(completion.ids), "ended": completion.ended, "reward": total,
+                **parts, "mentions": mentions, "claims": claims, "evidence": evidence_dict(evidence)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from training.common import TrainingError, read_jsonl
 from training.config import DetectorSettings, Stage1Config
 
 STAGES = {1: train_stage1_ddp, 2: train_stage2, 3: train_stage3}
-STEPS, SEED, SPLIT_SEED, TEXT_LIMIT = 5, 7, 3, 40
+STEPS, SEED, SPLIT_SEED, TEXT_LIMIT, WORDINGS = 5, 7, 3, 75, 0.75
 FINISHED_KEYS = {"keep_checkpoints": 3, "save_every": 2, "eval_every": 3, "sample_every": 4}
 
 
@@ -111,8 +111,8 @@ def world(tiny, tmp_path_factory):
         "config": root / "config.yaml", "data": root / "captions.json", "video_root": tiny.videos,
         "vision_model": tiny.vision, "language_model": tiny.llm, "num_frames": 2, "num_val_videos": 2,
         "max_steps": STEPS, "dtype": "float32", "seed": SEED, "split_seed": SPLIT_SEED, "max_text_tokens": TEXT_LIMIT,
-        "lr_schedule": "linear", "warmup": 0.4, "max_grad_norm": 0.01, "sample_tokens": 5, "learning_rate": 0.02,
-        "per_device_batch_size": 1, "gradient_accumulation_steps": 2, **FINISHED_KEYS,
+        "wordings": WORDINGS, "lr_schedule": "linear", "warmup": 0.4, "max_grad_norm": 0.01, "sample_tokens": 5,
+        "learning_rate": 0.02, "per_device_batch_size": 1, "gradient_accumulation_steps": 2, **FINISHED_KEYS,
     }
     mappings = {"max_new_tokens": {"microscope": 9, "copilot": 6}, "reward_weights": {
         "objects": 1.0, "temporal": 0.0, "detail": 0.0, "hallucination": 0.0}}
@@ -154,11 +154,12 @@ def even(world, odd):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_examples_of_a_run_are_those_of_its_seed_split_seed_and_text_limit(stage, odd, world):
-    """Ids, tokens, labels and pixels of every forward pass: order, caption variant and augmentation are the seed's."""
+    """Ids, tokens, labels and pixels of every forward pass: order, question, caption variant and augmentation are the
+    seed's."""
     reader = DriveVLM.from_checkpoint(odd[stage].folder)
     expected = VideoInstructDataset(
         world.train, reader.tokenizer, video_root=world.tiny.videos, num_frames=2, image_size=reader.image_size,
-        num_visual_tokens=reader.num_visual_tokens, max_text_tokens=TEXT_LIMIT, seed=SEED)
+        num_visual_tokens=reader.num_visual_tokens, max_text_tokens=TEXT_LIMIT, seed=SEED, wordings=WORDINGS)
     keys = [batch for step in range(STEPS) for batch in loop.step_batches(len(expected), step, SEED, 1, 2, 0, 1)]
     assert len(odd[stage].passes) == len(keys)
     lengths = set()
@@ -330,7 +331,7 @@ def test_advantages_are_those_of_advantage_scale_and_std_floor(odd):
 def test_prompts_are_those_of_the_seed_from_the_training_split(odd, world):
     records = read_jsonl(odd[3].folder / "rollouts.jsonl")
     expected = [entry.id for step in range(STEPS)
-                for entry in prompts_of_step(world.train, step, 2, ["microscope", "copilot"], SEED)]
+                for entry in prompts_of_step(world.train, step, 2, ["microscope", "copilot"], SEED, WORDINGS)]
     assert [row["id"] for row in records[::3]] == expected
     assert not {row["video"] for row in records} & {entry.video for entry in world.held_out}
 

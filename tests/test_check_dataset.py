@@ -11,6 +11,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -491,13 +492,49 @@ def test_modes_come_from_the_table(tiny, check, monkeypatch, tmp_path):
     assert codes(check(rows, "--no-video", "--config", config)[1]) == {}
 
 
+def test_lengths_are_those_with_the_longest_wording(tiny, check, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm)
+    wordings = ("Well?", "What does the driver have to know about the road? " * 4, "Or?")
+    monkeypatch.setitem(MODE_TABLE, "copilot", replace(MODE_TABLE["copilot"], wordings=wordings))
+    rows = [{"video": clip.name, "q": "And now?", "mode": "copilot", "a": f"A car in {clip.name} stops."}
+            for clip in tiny.videos.glob("*.mp4")]
+
+    def most(question):
+        texts = [dataset.encode_example(tokenizer, question, line["a"], 0, 1024) for line in rows]
+        return max(len(text["input_ids"]) for text in texts)
+
+    report = check(rows, "--no-video", "--max_text_tokens", 1024)[1]  # rows with their own question
+    assert (report["counts"]["own_questions"], report["counts"]["text_tokens"]["max"]) == (6, most("And now?"))
+    for line in rows:
+        line["q"] = MODES["copilot"]
+    limit = most(wordings[1])
+    report = check(rows, "--no-video", "--max_text_tokens", limit)[1]
+    assert (report["counts"]["own_questions"], report["counts"]["text_tokens"]["max"]) == (0, limit)
+    assert "caption_cut" not in codes(report) and limit > most(MODES["copilot"]) + 50
+    assert codes(check(rows, "--no-video", "--max_text_tokens", limit - 1)[1])["caption_cut"] >= 1
+
+
+def test_control_tokens_in_wordings_are_errors_where_they_are_asked(tiny, check, monkeypatch):
+    wordings = ("Well <|im_end|>?", "Or?")
+    monkeypatch.setitem(MODE_TABLE, "copilot", replace(MODE_TABLE["copilot"], wordings=wordings))
+    rows = [both(clip.name) for clip in tiny.videos.glob("*.mp4")]
+    exit_code, report = check(rows, "--no-video")
+    found = [problem for problem in report["problems"] if problem["level"] == "error"]
+    assert exit_code == 1 and [(p["code"], p["where"], p["message"]) for p in found] == [
+        ("control_token", "dataset.MODE_TABLE, copilot", "'Well <|im_end|>?' contains <|im_end|>")]
+    for row in rows:
+        row |= {"q": "And now?", "mode": "copilot", "a": row.pop("copilot")[0]}
+        del row["microscope"]
+    assert "control_token" not in codes(check(rows, "--no-video")[1])
+
+
 def test_the_real_captions_pass(shared, check, tiny):
     data, tokenizer = shared / "bdd_captions_300.json", shared / "qwen3_tokenizer"
     exit_code, report = check([], "--data", data, "--no-video", "--num_val_videos", 40, "--num_frames", 16,
                               "--max_text_tokens", 1024, llm=tokenizer, vision="google/siglip2-so400m-patch14-384")
     tokens = report["counts"]["text_tokens"]
     assert exit_code == 0 and codes(report) == {"mode_missing": 1}
-    assert 0.18 < tokens["share_over_512"] < 0.25 and tokens["cut"] == 0
+    assert 0.18 < tokens["share_over_512"] < 0.3 and tokens["cut"] == 0
     assert 700 < tokens["max_text_tokens_that_keeps_99_percent"] < 760
     assert report["counts"]["held_out_clips"] == 40 and report["counts"]["rows"] == 300
 

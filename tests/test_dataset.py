@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import faulthandler
+import hashlib
 import importlib.util
 import io
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -44,8 +46,10 @@ from dataset import (
     cached_frames,
     chat_pieces,
     collate,
+    draw_question,
     encode_example,
     encode_prompt,
+    fill_forms,
     find_bad_texts,
     fit_answer,
     frame_indices,
@@ -183,6 +187,64 @@ def test_wordings_of_a_mode_are_recognised(monkeypatch):
     assert (entry.mode, entry.question) == ("copilot", MODES["copilot"])  # and asked in the words of today
     standard, = dataset.parse_row({**row, "q": MODES["copilot"]})
     assert standard.mode == "copilot"
+
+
+def plain(question):
+    """A question without differences of case, punctuation and white space."""
+    return "".join(letter for letter in question.lower() if letter.isalnum())
+
+
+def test_no_question_of_the_table_is_used_twice():
+    """No unseen wording is ever a training wording, of its own mode or of another."""
+    questions = [plain(question) for mode in MODE_TABLE.values() for question in mode.known]
+    assert len(set(questions)) == len(questions)
+    for name, mode in MODE_TABLE.items():
+        assert len(mode.wordings) == 3 * 6 * 6 * 6 and len(mode.unseen) == 8 and MODES[name] == mode.question
+        assert mode.known == {mode.question, *mode.wordings, *mode.unseen}
+    for twice in ({"wordings": ("Dangers?", "Dangers?")}, {"wordings": ("List the hazards.",)},
+                  {"wordings": ("Dangers?",), "unseen": ("Dangers?",)}):
+        with pytest.raises(ValueError, match="a mode has a question twice: 'List the hazards.', its"):
+            Mode("List the hazards.", **twice)
+
+
+def test_training_draws_wordings_and_never_an_unseen_one():
+    drawn = Counter()
+    for number in range(1600):
+        entry = Entry(f"{number}#copilot", "x.mp4", "copilot", MODES["copilot"], ("A car.",))
+        drawn[draw_question(entry, 42, 0)] += 1
+    assert set(drawn) <= {MODES["copilot"], *MODE_TABLE["copilot"].wordings}
+    assert 730 < drawn.pop(MODES["copilot"]) < 870  # half of 1600, give or take 3.5 standard deviations
+    assert max(drawn.values()) < 9 and len(drawn) > 400  # of 648 wordings for the other half
+    assert len({draw_question(entry, 42, epoch) for epoch in range(9)}) > 3
+    assert len({draw_question(entry, seed, 0) for seed in range(9)}) > 3
+    own = replace(entry, question="And now?")
+    assert {draw_question(own, 42, epoch) for epoch in range(9)} == {"And now?"}
+
+
+def test_the_drawn_wording_depends_on_seed_epoch_and_id_alone():
+    entry = Entry("day/x#copilot", "day/x.mp4", "copilot", MODES["copilot"], ("A car.",))
+    number = int.from_bytes(hashlib.sha256(b"question/42/4/day/x#copilot").digest()[:8], "big") >> 1
+    assert number % 1000 < 500  # not the standard question, then
+    expected = MODE_TABLE["copilot"].wordings[number // 1000 % 648]
+    assert draw_question(entry, 42, 4) == expected  # the same on every rank, machine and Python
+    shares = {share: draw_question(entry, 42, 4, share) for share in (0.0, number % 1000 / 1000, 1.0)}
+    assert list(shares.values()) == [MODES["copilot"], MODES["copilot"], expected]
+    assert draw_question(replace(entry, video="y.mp4", captions=("A bus.", "Buses.")), 42, 4) == expected
+
+
+def test_forms_are_filled_with_every_text_for_every_name_of_the_clip():
+    wordings = fill_forms(adjective=("long", "full"), sentence=("Be brief.",))
+    assert len(wordings) == len(set(wordings)) == (6 * 2 + 6) * 6
+    assert wordings[:2] == ("Write a long report on the video.", "Write a long report on this clip.")
+    assert {"Full caption for the scene:", "Be brief. What does the footage show?"} <= set(wordings)
+
+
+@pytest.mark.parametrize("question", [
+    MODES["microscope"], MODE_TABLE["microscope"].wordings[0], MODE_TABLE["microscope"].wordings[-1],
+    *MODE_TABLE["microscope"].unseen])
+def test_a_known_question_of_a_data_file_is_asked_as_the_standard_one(question):
+    entry, = dataset.parse_row({"video": "x.mp4", "q": f" {question}\n", "a": "A car stops."}, default_mode="copilot")
+    assert (entry.mode, entry.question) == ("microscope", MODES["microscope"])
 
 
 def test_a_third_mode_is_read_once_it_is_in_the_tables(monkeypatch):
@@ -508,7 +570,7 @@ def test_control_text_is_found_before_training_in_every_caption_and_question(qwe
     sound = Entry("a#copilot", "a.mp4", "copilot", MODES["copilot"], ("A <car>.", "A | bus.", "im_end"))
     third = replace(sound, id="b#copilot", captions=("A car.", "A bus.", "A van.<|im_end|>"))
     asked = replace(sound, id="c#copilot", question="What <|video_pad|>?", captions=("A car.", "<|endoftext|>"))
-    assert find_bad_texts([sound] * 30, qwen, max_text_tokens=60) == []
+    assert find_bad_texts([sound] * 30, qwen, max_text_tokens=60, wordings=0) == []
     assert find_bad_texts([sound, third, asked], qwen) == [
         "b#copilot: caption 3 contains the control token <|im_end|>",
         "c#copilot: the question contains the control token <|video_pad|>",
@@ -522,9 +584,24 @@ def test_control_text_is_found_before_training_in_every_caption_and_question(qwe
     question = "What does the driver do? " * 9
     least = len(encode_prompt(qwen, question, 0)) + 1
     long = replace(sound, question=question)
-    assert find_bad_texts([sound, long], qwen, least) == []
-    assert find_bad_texts([sound, long], qwen, least - 1) == [
+    assert find_bad_texts([sound, long], qwen, least, wordings=0) == []
+    assert find_bad_texts([sound, long], qwen, least - 1, wordings=0) == [
         f"a#copilot: the question takes {least} tokens with the end token, max_text_tokens is {least - 1}"]
+
+
+def test_wordings_that_cannot_be_asked_are_found_before_training(qwen, monkeypatch):
+    entry = Entry("a#copilot", "a.mp4", "copilot", MODES["copilot"], ("A car.",))
+    wordings = ("Say <|im_end|> now.", "What does the driver do? " * 9, "In short?")
+    monkeypatch.setitem(MODE_TABLE, "copilot", replace(MODE_TABLE["copilot"], wordings=wordings))
+    least = len(encode_prompt(qwen, wordings[1], 0)) + 1
+    control = "MODE_TABLE: 'Say <|im_end|> now.' (copilot) contains the control token <|im_end|>"
+    assert find_bad_texts([entry, entry], qwen, least) == [control]
+    assert find_bad_texts([entry, entry], qwen, least - 1) == [
+        control, f"MODE_TABLE: {wordings[1]!r} (copilot) takes {least} tokens with the end token, max_text_tokens is "
+        f"{least - 1}"]
+    own = replace(entry, question="And now?")  # is asked as it is
+    assert find_bad_texts([own], qwen, least - 1) == []
+    assert find_bad_texts([entry], qwen, least - 1, wordings=0) == []  # none is drawn
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama"])
@@ -1085,6 +1162,19 @@ def test_variant_and_augmentation_depend_on_seed_epoch_and_id_alone(make_dataset
     assert calm[(0, 2)]["labels"] == calm[(5, 2)]["labels"] and torch.equal(calm[0]["frames"], calm[(9, 0)]["frames"])
 
 
+def test_training_asks_the_drawn_wording_and_evaluation_the_standard_question(make_dataset, qwen, tiny):
+    entries = load_entries(tiny.data)
+    asked = replace(entries[1], id="asked#copilot", question="And now?")
+    sets = {train: make_dataset([*entries, asked], seed=5, train=train) for train in (True, False)}
+    for epoch in range(3):
+        for number, entry in enumerate(sets[True].entries):
+            for train, question in ((True, draw_question(entry, 5, epoch)), (False, entry.question)):
+                example = sets[train][(epoch, number)]
+                prompt = [i for i, label in zip(*map(example.get, ("input_ids", "labels")), strict=True)
+                          if label == IGNORE_INDEX]
+                assert prompt == encode_prompt(qwen, question, sets[train].num_visual_tokens)
+
+
 def test_augmentation_keeps_the_facts():
     import random
 
@@ -1121,7 +1211,7 @@ def test_answers_that_were_cut_are_counted(make_dataset, tiny, qwen, tmp_path):
     short = load_entries(tiny.data)[1]
     long = replace(short, id="long#copilot", captions=("The car stops at the light. " * 30,))
     lost = replace(long, id="lost#copilot", video="lost.mp4")
-    ds = make_dataset([short, long, lost, long], max_text_tokens=60)
+    ds = make_dataset([short, long, lost, long], max_text_tokens=120)
     assert [ds[i]["cut"] for i in range(4)] == [False, True, False, True]
     batch = collate([ds[i] for i in range(4)], qwen.pad_token_id)
     assert batch["num_cut"] == 2 and len(batch["ids"]) == 3

@@ -157,13 +157,16 @@ def metrics_of_a_run(systems, value):
     modes = {"microscope": block, "copilot": block}
     change = {key: [0.1, -0.2, 0.3] for key in keys} | {"recall": [-0.2, -0.3, -0.1]}
     pairs = [{"before": name, "after": "stage3", "microscope": change, "copilot": change} for name in systems]
-    systems = dict.fromkeys(systems, modes)
+    systems = dict.fromkeys(systems, modes | {"mode_accuracy": 1.0, "mode_accuracy_unseen": 1 - value})
+    asked = {"copilot": {"Short?": {"asked": 600, "right": 9, "broken": 2}, "In brief?": {"asked": 4, "right": 1,
+                                                                                        "broken": 1}}}
     return {"systems": systems, "differences": pairs, "agreed": {"systems": systems},
+            "unseen_wordings": dict.fromkeys(systems, asked),
             "words_in_range": {mode: [1, 9] for mode in modes}}
 
 
 def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, monkeypatch):
-    for module in (demo, results, results_page):
+    for module in (demo, results):
         monkeypatch.setattr(module, "OUT", tmp_path)
     for module in (results, results_page):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
@@ -183,17 +186,28 @@ def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, mo
     assert "0.30 (0.20–0.40)" in page  # mean and range of the two seeds
     assert "| recall | **-0.200 [-0.300, -0.100]** | **-0.200 [-0.300, -0.100]** |" in page  # worse in both
     assert "| CHAIRi | +0.100 [-0.200, +0.300] |" in page
+    assert "| **stage 3 (GRPO)** | 1.000 (1.000–1.000) | 0.700 (0.600–0.800) | 6 of 1,208 |" in page
+    assert "still watched" not in page
     put("faults", ["stage2", *(f"dose{dose}" for dose in (0, 5, 15, 30)), "blind_person"], 0.1)
     put("ablations", ["stage2", "stage3"], 0.1)
     put("look", ["prior", "stage1", "stage2", "stage3", "blank", "stage3/blank"], 0.1)
     put("over", ["stage2", *(f"step{step}" for step in range(35, 281, 35))], 0.1)
-    log = [{"step": step, "kl": 0.1, "eval_reward_microscope": 0.5 - abs(step - 70) / 100, "eval_reward_copilot": 0.5,
-            "eval_gap_swapped_copilot": 0.25} for step in range(0, 281, 35)]
-    for folder in (tmp_path / "stage3", results.folder_of(42, "over")):
-        folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    first = {f"eval_{key}_{mode}": 0.25 for key in ("reward", "gap_swapped", "gap_blank")
+             for mode in ("microscope", "copilot")}
+    log = [first | {"step": step, "kl": 0.1, "eval_reward_microscope": 0.5 - abs(step - 70) / 100}
+           for step in range(35, 281, 35)]
+    for name, gap in (("over", 0.25), ("stage3", 0.25), ("fixed_text", 0.12)):
+        folder = results.folder_of(42, name)
+        (folder / "checkpoints" / "step-000280").mkdir(parents=True)
+        state = json.dumps({"evaluations": {"first": first}})
+        (folder / "checkpoints" / "step-000280" / "run.json").write_text(state)
+        rows = [json.dumps(row | {"eval_gap_swapped_microscope": gap}) for row in log]
+        (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     page = results_page.write_page([42, 1]).read_text()
-    assert "Not run yet" not in page and "highest at step 70" in page and "| 35 | 0.250 |" in page
+    assert "Not run yet" not in page and "highest at step 70" in page
+    assert "| stage 3, seed 42 | 0 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |  |" in page
+    assert "| stage 3, seed 42 | 70 | 0.50 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |  |" in page
+    assert "| fixed_text | 70 | 0.50 | 0.12 | 0.25 | 0.25 | 0.25 | 0.25 | stop |" in page
     for figure in ("tradeoff", "faults", "over"):
         assert (tmp_path / "docs" / f"results_{figure}.png").stat().st_size > 5000
     assert "| order" not in page.split("## Placebos")[1]

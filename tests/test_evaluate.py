@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import evaluate as program
 import evaluation.best_of
 import generate
 from dataset import MODE_TABLE, MODES, Entry, encode_example, load_split, read_frames
-from evaluate import change_frames, constant_caption, evaluate
+from evaluate import change_frames, constant_caption, evaluate, in_unseen_wordings
 from evaluation.best_of import BestOf
 from evaluation.captions import add_bleu, add_caption_scores
 from evaluation.judges import agreed_truth, agreement, kappa
@@ -27,9 +28,12 @@ from evaluation.scoring import (
     difference,
     draw_clips,
     equal_lengths,
+    is_broken,
     score,
     score_slice,
     score_text,
+    score_wordings,
+    share_right,
     slices_of,
     tally,
     values_of,
@@ -116,6 +120,40 @@ def test_an_empty_answer_scores_0():
 def test_repetition_is_the_share_of_repeated_four_word_sequences():
     counts = score_text("the car goes on the car goes on", TRUTH, [0, 99])
     assert counts["grams"] == 5 and counts["repeated"] == 1
+
+
+def test_answers_to_unseen_wordings_are_counted_as_worked_out_by_hand():
+    """In range: 2 to 6 words (copilot), 5 to 100 (microscope)."""
+    loop = "the car goes on the car goes on the car"  # 7 four-word sequences, of which 3 are repeats
+    answers = [  # question, mode, text, ended, right, broken
+        ("Short?", "copilot", "A car waits.", True, True, False),
+        ("Short?", "copilot", "A car.", False, False, True),  # the length is right, but it was cut off
+        ("Short?", "copilot", "A car waits at the red light.", True, False, False),  # 7 words
+        ("Brief?", "copilot", "A", True, False, False),
+        ("Long?", "microscope", "A car waits at the red light.", True, True, False),
+        ("Long?", "microscope", loop, True, False, True),
+        ("Long?", "microscope", "a b c d e f g a b c d e", True, False, True),  # 2 of 9: over a fifth
+        ("Long?", "microscope", "a b c d e f g h a b c d e", True, True, False),  # 2 of 10: a fifth, not more
+        ("Long?", "microscope", "a b c d e f a b c d", True, True, False),  # 1 of 7
+    ]
+    rows = [{**row(text, mode, ended=ended), "question": question}
+            for question, mode, text, ended, _, _ in answers]
+    assert [is_broken(line) for line in rows] == [broken for *_, broken in answers]
+    wordings = score_wordings(rows, RANGES)
+    assert wordings == {"copilot": {"Short?": {"asked": 3, "right": 1, "broken": 1},
+                                    "Brief?": {"asked": 1, "right": 0, "broken": 0}},
+                        "microscope": {"Long?": {"asked": 5, "right": 3, "broken": 2}}}
+    assert share_right(wordings) == 0.4444  # 4 of 9
+
+
+def test_unseen_wordings_take_turns():
+    entries = [Entry(f"{i}#{mode}", f"{i}", mode, question, ("A car.",))
+               for i in range(20) for mode, question in (("microscope", MODES["microscope"]), ("copilot", "And now?"))]
+    asked = in_unseen_wordings(entries)
+    assert [replace(one, question="") for one in asked] == [replace(one, question="") for one in entries]
+    for mode in MODES:
+        number = Counter(one.question for one in asked if one.mode == mode)
+        assert set(number) == set(MODE_TABLE[mode].unseen) and set(number.values()) == {2, 3}
 
 
 def entry(video, *captions, mode="copilot"):
@@ -366,6 +404,16 @@ def test_a_run_writes_the_agreed_files_and_keys(config, tmp_path, monkeypatch):
     assert page.count('<section class="card">') == 4 and page.count("data:image/jpeg") == 3 * 8
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
 
+    rows_of_unseen = [json.loads(line) for line in (out / "unseen.jsonl").read_text().splitlines()]
+    assert Counter(r["system"] for r in rows_of_unseen) == {"stage1": 6, "stage2": 6}
+    for name in ("stage1", "stage2"):  # three clips: the first three wordings of each mode
+        wordings = metrics["unseen_wordings"][name]
+        assert {mode: tuple(counts) for mode, counts in wordings.items()} == {
+            mode: MODE_TABLE[mode].unseen[:3] for mode in MODES}
+        assert metrics["systems"][name]["mode_accuracy_unseen"] == share_right(wordings)
+    assert "mode_accuracy_unseen" not in metrics["systems"]["blank"]
+    assert {r["question"] for r in rows} == set(MODES.values())
+
     # Run again, it keeps every answer. With a checkpoint added, only that one is asked.
     asked = []
     monkeypatch.setattr(program, "ask", lambda model, system, *rest: asked.append(system.name) or [
@@ -373,10 +421,11 @@ def test_a_run_writes_the_agreed_files_and_keys(config, tmp_path, monkeypatch):
     assert evaluate(config) == metrics and asked == []
     config.checkpoint.append(config.checkpoint[0].replace("stage1=", "again="))
     config.control = "stage2"
-    assert evaluate(config)["systems"]["again"] == metrics["systems"]["stage1"] and asked == ["again"]
+    assert evaluate(config)["systems"]["again"] == metrics["systems"]["stage1"] and asked == ["again"] * 2
     config.eval_max_new_tokens["copilot"] = 5
     evaluate(config)
-    assert asked == ["again", "blank", "swapped", "reversed", "stage1", "stage2", "again"]
+    systems = ["stage1", "stage2", "again"]
+    assert asked == ["again", "again", "blank", "swapped", "reversed", *systems, *systems]
 
 
 def test_num_samples_adds_rows_of_sampled_answers(config):

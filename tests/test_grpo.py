@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import stage3.grpo
-from dataset import Entry, VideoError, cached_frames, encode_prompt
+from dataset import MODES, Entry, VideoError, cached_frames, draw_question, encode_prompt
 from model import DriveVLM, ModelError, adapter_hash
 from stage3.grpo import (
     LOSS_TYPES,
@@ -775,6 +775,21 @@ def test_prompts_alternate_by_mode_and_every_entry_is_used_once_per_pass():
         assert all(sorted(r) == list("abcde") for r in rounds) and len(set(map(tuple, rounds))) > 1
     assert steps[4] == prompts_of_step(entries, 4, 3, modes, 7)
     assert steps != [prompts_of_step(entries, step, 3, modes, 8) for step in range(10)]
+
+
+def test_prompts_ask_a_wording_of_their_mode_drawn_anew_in_each_pass():
+    entries = [Entry(f"{v}#copilot", f"{v}.mp4", "copilot", MODES["copilot"], ("!",)) for v in "abc"]
+    own = Entry("d#copilot", "d.mp4", "copilot", "And now?", ("!",))
+    asked = {}
+    for step in range(24):  # one prompt per step, four entries: six passes
+        entry, = prompts_of_step([*entries, own], step, 1, ["copilot"], 7)
+        asked.setdefault(entry.id, []).append(entry.question)
+        whole = prompts_of_step([*entries, own], step // 4, 4, ["copilot"], 7)  # the same slots, in steps of four
+        assert whole[step % 4] == entry
+    assert asked.pop("d#copilot") == ["And now?"] * 6
+    for entry in entries:
+        assert asked[entry.id] == [draw_question(entry, 7, epoch) for epoch in range(6)]
+        assert len(set(asked[entry.id])) > 2
 
 
 def test_cached_tokens_equal_those_of_a_single_clip(tiny, tmp_path):

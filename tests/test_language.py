@@ -51,7 +51,7 @@ def toy(tmp_path_factory):
     config = SimpleNamespace(
         per_device_batch_size=2, temperature=1.0, shared_prefix=True, judge_language=True, seed=3, beta=0.02,
         modes=["microscope"], num_generations=4, mask_truncated=False, advantage_scale="group", std_floor=0.05,
-        mode_weights={}, objective="grpo", sample_from="policy")
+        mode_weights={}, objective="grpo", sample_from="policy", wordings=0.0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     lesson = [rollout_of(model, [SOUND, *OTHERS], [0.0] * 3)]
     for _ in range(40):

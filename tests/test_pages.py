@@ -42,7 +42,8 @@ def rollouts(text, full=True):
     answer = {"reward": 0.5, "advantage": 0.7, "tokens": 9, "ended": True, "objects": 0.4, "temporal": 1.0,
               "text": text, "marked": highlight(text, [(0, 1, "unsupported", text)] if text else [])}
     cut = {**answer, "ended": False, "advantage": -0.7}
-    group = {"video": text, "mode": "copilot", "colour": "#000", "frames": strip(text) if full else [],
+    group = {"video": text, "mode": "copilot", "colour": "#000", "question": text,
+             "frames": strip(text) if full else [],
              "no_picture": text, "evidence": {"present": [text] if full else [], "unknown": [text] if full else []},
              "answers": [answer, answer, cut] if full else [answer]}
     return {"folder": Path(text), "num_steps": 1, "steps": [{"number": 3, "groups": [group]}], "reward": text,

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 import evaluate
 import generate
 import stage3.grpo
+import stage3.held_out
 import train_stage1_ddp
 import train_stage2
 import train_stage3
 import training.run_folder
-from dataset import MODES
+from dataset import MODES, draw_question, encode_example, load_entries
 from model import DriveVLM, adapter_hash
 from stage3.detect_objects import cache_folder, clip_file, fingerprint
 from stage3.grpo import group_advantages
@@ -221,6 +222,23 @@ def test_rollouts_hold_answers_rewards_and_evidence(finished):
     assert all(row["tokens"] <= (14 if row["mode"] == "microscope" else 8) for row in rows)
     held_out = {name for name in CLIPS if f"{name}.mp4" not in {row["video"] for row in rows}}
     assert len(held_out) == 2  # prompts come from the training split only
+
+
+def test_rollouts_ask_drawn_wordings_and_held_out_numbers_the_standard_question(finished, stage2, tmp_path, quick):
+    rows = rows_of(finished / "rollouts.jsonl")
+    entries = {entry.id: entry for entry in load_entries(json.loads((stage2 / "stage3.yaml").read_text())["data"])}
+    for row in rows:  # 8 prompts of each mode on 4 clips: two passes
+        assert row["question"] in {draw_question(entries[row["id"]], 42, epoch) for epoch in (0, 1)}
+    assert len({row["question"] for row in rows}) > 6
+    held_out = set()
+
+    def note(tokenizer, question, *rest):
+        held_out.add(question)
+        return encode_example(tokenizer, question, *rest)
+
+    quick.setattr(stage3.held_out, "encode_example", note)
+    run_stage3(stage2, tmp_path / "run", "--max_steps", 1)
+    assert held_out == set(MODES.values())
 
 
 def test_the_report_has_no_outside_references(finished):

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dataset
 import train_stage1_ddp
 import train_stage2
-from dataset import load_entries, read_frames, split_by_video
+from dataset import MODES, draw_question, load_entries, read_frames, split_by_video
 from model import DriveVLM
 from training import loop
 from training.common import ConfigError, TrainingError, load_config, read_jsonl
@@ -160,6 +161,28 @@ def test_weight_decay_changes_projector_matrices_only(tiny, tmp_path, monkeypatc
         "projector.fc1.weight": (0.3, "projector"), "projector.fc2.weight": (0.3, "projector"),
         "projector.fc1.bias": (0.0, "projector"), "projector.fc2.bias": (0.0, "projector"),
         "temporal": (0.0, "temporal")}
+
+
+def test_steps_ask_drawn_wordings_and_held_out_losses_the_standard_question(tiny, tmp_path, monkeypatch):
+    encode, evaluate, asked = dataset._encode_example, loop.evaluate_loss, {"training": set(), "held out": set()}
+    now = ["training"]
+
+    def note(tokenizer, question, *rest):
+        asked[now[0]].add(question)
+        return encode(tokenizer, question, *rest)
+
+    def note_held_out(*args):
+        now[0] = "held out"
+        losses = evaluate(*args)
+        now[0] = "training"
+        return losses
+
+    monkeypatch.setattr(dataset, "_encode_example", note)
+    monkeypatch.setattr(loop, "evaluate_loss", note_held_out)
+    stage1(tiny, tmp_path / "run")
+    train, _ = split_by_video(load_entries(tiny.data), 2, 42)
+    drawn = {draw_question(entry, 42, epoch) for epoch in range(3) for entry in train}  # six steps: three epochs
+    assert asked == {"training": drawn, "held out": set(MODES.values())} and len(drawn) > 8
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

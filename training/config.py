@@ -110,6 +110,8 @@ class TrainKeys(BaseModelKeys, DataKeys):
     learning_rate: float = 1e-4  # peak learning rate
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # shape after the warm-up
     warmup: float = 0.03  # share of the steps over which the learning rate rises to its peak
+    # share of the training prompts that are asked in another wording of their mode's question (dataset.MODE_TABLE)
+    wordings: float = 0.5
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     per_device_batch_size: int = 1  # clips per forward pass of one process
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
@@ -126,7 +128,7 @@ class TrainKeys(BaseModelKeys, DataKeys):
             above=("epochs", "max_steps", "learning_rate", "max_grad_norm", "per_device_batch_size",
                    "gradient_accumulation_steps", "eval_every", "sample_every", "sample_tokens", "save_every",
                    "keep_checkpoints"),
-            shares=("warmup", "max_failed_share"))
+            shares=("warmup", "max_failed_share", "wordings"))
 
 
 @dataclass
@@ -374,6 +376,7 @@ class EvaluateConfig(RewardKeys, DataKeys):
     probes: bool = False  # also ask two questions about each clip: one class that it shows, one that it does not
     # JSON list of twins, held-out clips with one object removed: how often is that object still named? See demo.world
     twins: str = ""
+    unseen_wordings: bool = True  # also ask checkpoints in wordings that training never draws (mode_accuracy_unseen)
     truth: str = ""  # file of exact truth, as the toy world writes it; without it, the judge's evidence is the truth
     # detector that judges where there is no exact truth
     judge: DetectorSettings = field(default_factory=judge_defaults)

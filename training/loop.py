@@ -91,7 +91,8 @@ def load_inputs(config, stage: int, modes=(), min_modes=1, problems=()):
             problems += _entry_problems(config, train_entries, held_out, modes, min_modes)
             if not problems:  # nothing is downloaded for a run that cannot start
                 tokenizer = AutoTokenizer.from_pretrained(config.language_model)
-                problems += find_bad_texts([*train_entries, *held_out], tokenizer, config.max_text_tokens)
+                problems += find_bad_texts([*train_entries, *held_out], tokenizer, config.max_text_tokens,
+                                           config.wordings)
             if config.init_from and Path(config.init_from).is_dir():
                 problems += leak_problems(config, held_out, config.init_from)
         except DataError as error:
@@ -271,7 +272,7 @@ def make_dataset(config, model, entries, features=None, train: bool = True) -> V
         entries, model.tokenizer, video_root=config.video_root, num_frames=model.num_frames,
         image_size=model.image_size, num_visual_tokens=model.num_visual_tokens,
         max_text_tokens=config.max_text_tokens, cache_dir=config.frame_cache, seed=config.seed, train=train,
-        augment=config.augment and train, features=features,
+        augment=config.augment and train, features=features, wordings=config.wordings,
     )
 
 
