@@ -16,6 +16,7 @@ bfloat16). All are trained on clips whose seeds the demo's world never uses.
 
 import argparse
 import itertools
+import random
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import IGNORE_INDEX, MODE_TABLE, MODES, encode_example, frame_indices, placeholder_id, read_frames
+from dataset import (
+    IGNORE_INDEX,
+    MODE_TABLE,
+    MODES,
+    encode_example,
+    encode_prompt,
+    frame_indices,
+    placeholder_id,
+    read_frames,
+)
 from demo.world import (
     CLASSES,
     COLOURS,
@@ -49,7 +59,7 @@ from stage3.mentions import read_caption
 
 BASE = Path(__file__).resolve().parent / "base"
 VISION_SEED, LANGUAGE_SEED, PROBE_SEED = 2_000_001, 2_000_002, 2_000_003
-FRESH = 900_000  # number of the first clip that the language model is tested on
+TUNING, FRESH = 500_000, 900_000  # number of the first clip that the language model is tuned on, tested on
 IMAGE_SIZE, PATCH, CELLS, NUM_FRAMES = 192, 16, 4, 8
 GRID = IMAGE_SIZE // PATCH  # 12 patches per side; 3x3 of them make one cell
 
@@ -321,12 +331,14 @@ def language_script(index):
     return make_script((LANGUAGE_SEED, 10_000 + index), held_out=index % 2 == 1)
 
 
-def language_clips():
-    """Numbers of the clips to train on. A car, bus or truck does one of two things, and notes tell which only by where
-    it is: hard to read, and so rare that on clips as they come the model never learns it. So most have two such events.
-    The side from which one comes is as hard to read: such clips are taken more often too.
+def language_clips(first=0):
+    """Numbers of the clips to train on, from `first` on.
+
+    A car, bus or truck does one of two things, and notes tell which only by where it is: hard to read, and so rare that
+    on clips as they come the model never learns it. So most have two such events. The side from which one comes is as
+    hard to read: such clips are taken more often too.
     """
-    for index in itertools.count():
+    for index in itertools.count(first):
         events = language_script(index).events
         twofold = sum(event.name in COLOURS for event in events)
         crossing = any(event.kind in ("car_turns", "truck_merges") for event in events)
@@ -334,38 +346,46 @@ def language_clips():
             yield index
 
 
-def language_question(mode, rng):
+def made_up_word(rng):
+    return "".join(rng.choice(list("aabcdeeefghiiklmnoooprsttuw"), size=rng.integers(3, 9)))
+
+
+def language_question(mode, rng, made_up=0.0):
     """What the language model is asked: the standard question, a wording of training (dataset.MODE_TABLE), or any words
     among which one says how long the answer shall be.
 
     A language model that knows the standard questions alone takes any other for noise, where a real one knows what the
-    words mean. The wordings that evaluate.py keeps for itself, `unseen`, are never among these."""
+    words mean. The wordings that evaluate.py keeps for itself, `unseen`, are never among these. A share `made_up` of
+    the words is no word at all, as stands for any that it does not know."""
     kind = rng.random()
     if kind < 0.5:
         return MODES[mode]
     if kind < 0.75:
         return str(rng.choice(MODE_TABLE[mode].wordings))
     words = [str(word) for word in rng.choice(COMMON.split(), size=rng.integers(1, 12))]
+    if made_up:
+        words = [made_up_word(rng) if rng.random() < made_up else word for word in words]
     words.insert(rng.integers(len(words) + 1), str(rng.choice(LENGTH_WORDS[mode])))
     return " ".join(words)
 
 
-def language_example(index, mode, tokenizer, note_ids):
+def language_example(index, mode, tokenizer, note_ids, made_up=0.0):
     """{"input_ids", "labels"} of one clip: notes where the video goes, a question, a true caption."""
     script = language_script(index)
     rng = np.random.default_rng((LANGUAGE_SEED, index))
     boxes = boxes_of(script)
     notes = write_notes(script, [boxes[i] for i in frame_indices(FRAMES, NUM_FRAMES)], rng)
-    example = encode_example(tokenizer, language_question(mode, rng), captions_of(script)[mode][0], len(notes), 512)
+    question, caption = language_question(mode, rng, made_up), captions_of(script)[mode][0]
+    example = encode_example(tokenizer, question, caption, len(notes), 512)
     words = iter(notes)
     video = placeholder_id(tokenizer)
     example["input_ids"] = [note_ids[next(words)] if id_ == video else id_ for id_ in example["input_ids"]]
     return example
 
 
-def language_batch(indices, tokenizer, note_ids):
+def language_batch(indices, tokenizer, note_ids, made_up=0.0):
     """(input_ids, labels) [B, L] of clips, in turn with a Microscope and a Copilot caption."""
-    rows = [language_example(index, ("microscope", "copilot")[row % 2], tokenizer, note_ids)
+    rows = [language_example(index, ("microscope", "copilot")[row % 2], tokenizer, note_ids, made_up)
             for row, index in enumerate(indices)]
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -397,9 +417,25 @@ def language_config(tokenizer):
     )
 
 
-def caption_loss(model, input_ids, labels):
-    """Mean cross-entropy of the captions' tokens; with causal attention, right padding needs no mask."""
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B, L-1, D]
+def blur(embeds, notes):
+    """Embeddings [B, L, D] whose notes (positions `notes`) are as unclear as what a projector makes of a clip: each is
+    mixed with that of a cell nearby, up to half of it, and noise is added, up to four times as large as the notes are.
+    """
+    clear = embeds[:, notes]  # [B, 128, D]
+    rows, cells, _ = clear.shape
+    nearby = clear.roll(random.choice((1, -1, CELLS, -CELLS)), dims=1)
+    share = 0.5 * torch.rand(rows, 1, 1) * torch.rand(rows, cells, 1)
+    size = 4 * torch.rand(rows, 1, 1) * clear.detach().std()
+    unclear = (1 - share) * clear + share * nearby + size * torch.randn_like(clear)
+    return torch.cat([embeds[:, :notes.start], unclear, embeds[:, notes.stop:]], 1)
+
+
+def caption_loss(model, input_ids, labels, blurred=None):
+    """Mean cross-entropy of the captions' tokens; with causal attention, right padding needs no mask. `blurred`: the
+    positions of notes that are blurred."""
+    embeds = model.get_input_embeddings()(input_ids)  # [B, L, D]
+    embeds = embeds if blurred is None else blur(embeds, blurred)
+    hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]  # [B, L-1, D]
     chosen = labels[:, 1:] != IGNORE_INDEX
     return nn.functional.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[:, 1:][chosen])
 
@@ -428,23 +464,16 @@ def wrong_statements(model, tokenizer, note_ids, num_clips=200):
     return {"wrong_events": round(wrong[True] / told[True], 4), "wrong_sides": round(wrong[False] / told[False], 4)}
 
 
-def build_language(folder, steps=6000, batch=16):
-    """Train the tokenizer, then the language model on captions that are true to the notes before them."""
-    from transformers import GenerationConfig, Qwen3ForCausalLM
-
-    torch.manual_seed(LANGUAGE_SEED)
-    tokenizer = build_tokenizer(folder)
-    note_ids = find_note_ids(tokenizer)
-    model = Qwen3ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")  # faster here
-    clips = language_clips()
-    say(f"language: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+def train_language(model, batches, steps, peak, blurred=None):
+    """Train on `batches`, an iterator of (input_ids, labels); `peak`: the highest learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    model.train()
     begun, recent = time.time(), []
     for step in range(steps):
-        set_lr(optimizer, learning_rate(step, steps, 3e-3, warmup=60))
-        input_ids, labels = language_batch(itertools.islice(clips, batch), tokenizer, note_ids)
+        set_lr(optimizer, learning_rate(step, steps, peak, warmup=60))
+        input_ids, labels = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = caption_loss(model, input_ids, labels)
+            loss = caption_loss(model, input_ids, labels, blurred)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -454,17 +483,54 @@ def build_language(folder, steps=6000, batch=16):
             left = (time.time() - begun) / (step + 1) * (steps - step - 1)
             say(f"language: step {step + 1} of {steps}, loss {np.mean(recent[-50:]):.3f}, {left / 60:.1f} min left")
     model.eval()
-    with torch.no_grad():
-        fresh = [language_batch(range(start, start + 16), tokenizer, note_ids)
-                 for start in range(FRESH, FRESH + 64, 16)]
-        held = float(np.mean([caption_loss(model, *pair).item() for pair in fresh]))
-    wrong = wrong_statements(model, tokenizer, note_ids)
-    say(f"language: loss {held:.4f} on 64 fresh captions; {wrong['wrong_events']:.1%} of what vehicles are said to do "
-        f"and {wrong['wrong_sides']:.1%} of the sides are wrong")
+
+
+def language_batches(tokenizer, first=0, size=16, **options):
+    """Batches for `train_language`, of the clips from number `first` on."""
+    clips, note_ids = language_clips(first), find_note_ids(tokenizer)
+    while True:
+        yield language_batch(itertools.islice(clips, size), tokenizer, note_ids, **options)
+
+
+def build_language(folder):
+    """Train the tokenizer, then the language model on captions that are true to the notes before them."""
+    from transformers import GenerationConfig, Qwen3ForCausalLM
+
+    torch.manual_seed(LANGUAGE_SEED)
+    tokenizer = build_tokenizer(folder)
+    model = Qwen3ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")  # faster here
+    say(f"language: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    train_language(model, language_batches(tokenizer), steps=6000, peak=3e-3)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=ends[1], do_sample=True, temperature=0.7, top_k=20, top_p=0.8,
     )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return tune_language(folder)
+
+
+def tune_language(folder):
+    """Teach the language model in `folder` to read unclear notes, and questions with words that it does not know.
+
+    What a projector makes of a clip is never as clear as a note. A language model that has read nothing else learns
+    little from it in stage 1, nor does stage 1 learn from such a model."""
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    torch.manual_seed(LANGUAGE_SEED)
+    random.seed(LANGUAGE_SEED)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    note_ids, count = find_note_ids(tokenizer), NUM_FRAMES * CELLS**2
+    start = encode_prompt(tokenizer, "", count).index(placeholder_id(tokenizer))
+    train_language(model, language_batches(tokenizer, TUNING, made_up=0.5), steps=1500, peak=2e-3,
+                   blurred=slice(start, start + count))
+    with torch.no_grad():
+        fresh = [language_batch(range(first, first + 16), tokenizer, note_ids)
+                 for first in range(FRESH, FRESH + 64, 16)]
+        held = float(np.mean([caption_loss(model, *pair).item() for pair in fresh]))
+    wrong = wrong_statements(model, tokenizer, note_ids)
+    say(f"language: loss {held:.4f} on 64 fresh captions; {wrong['wrong_events']:.1%} of what vehicles are said to do "
+        f"and {wrong['wrong_sides']:.1%} of the sides are wrong")
     model.to(torch.bfloat16).save_pretrained(folder)
     return {"caption_loss": round(held, 4), **wrong}
 

@@ -6,10 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dataset import Clip, load_entries, read_frames, split_by_video
+from dataset import MODE_TABLE, Clip, load_entries, read_frames, split_by_video
 from demo import world
-from demo.base_models import BASE, IMAGE_SIZE, NOTE_WORDS, build_tokenizer, find_note_ids, patch_targets, write_notes
+from demo.base_models import (
+    BASE,
+    COMMON,
+    IMAGE_SIZE,
+    LENGTH_WORDS,
+    NOTE_WORDS,
+    blur,
+    build_tokenizer,
+    find_note_ids,
+    language_question,
+    patch_targets,
+    write_notes,
+)
 from stage3.evidence import Evidence
 from stage3.grpo_reward_func import find_mentions
 
@@ -354,6 +367,28 @@ def test_notes_and_patch_targets_say_what_is_drawn():
     assert len(notes) == 8 * 16 and set(notes) <= set(NOTE_WORDS) and "sign" in notes
     target = patch_targets(next(b for b in boxes if b), script)
     assert target.shape[0] == 144 and target[:, :8].sum() > 0
+
+
+@pytest.mark.parametrize("mode", MODE_TABLE)
+def test_the_language_model_is_never_asked_in_the_wordings_kept_for_evaluation(mode):
+    rng, info = np.random.default_rng(0), MODE_TABLE[mode]
+    asked = Counter(language_question(mode, rng, made_up=0.5) for _ in range(2000))
+    assert not {question.strip("?.") for question in info.unseen} & {question.strip("?.") for question in asked}
+    assert 900 < asked.pop(info.question) < 1100
+    wordings = sum(number for question, number in asked.items() if question in info.wordings)
+    assert 430 < wordings < 570
+    other, = (name for name in LENGTH_WORDS if name != mode)
+    for question in set(asked) - set(info.wordings):
+        assert any(words in question for words in LENGTH_WORDS[mode])
+    assert not {word for words in LENGTH_WORDS[other] for word in words.split() if len(word) > 4} & set(COMMON.split())
+
+
+def test_only_notes_are_blurred():
+    torch.manual_seed(0)
+    embeds = torch.randn(3, 150, 4)
+    unclear = blur(embeds, slice(10, 138))
+    changed = (unclear != embeds).all(2)  # [3, 150]
+    assert changed[:, 10:138].all() and not changed[:, :10].any() and not changed[:, 138:].any()
 
 
 UNICODE = ("Übergröße naïve café", "日本語のテキスト", "🚗🚦 emoji \u200d", "tabs\tand\nlines", " a  b ", "user <|x|>")
