@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: venv demo test test-slow results base-models lint clean help
 
 help:
-	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 9 minutes on 2 cores)"
+	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 5 minutes on 2 cores)"
 	@echo "make venv         .venv with all that requirements.txt names (the other targets do this too)"
 	@echo "make test         all tests (about 4 minutes on 2 cores)"
 	@echo "make test-slow    long runs that watch memory and files (about 3 minutes)"
