@@ -37,6 +37,7 @@ from training.config import WORDS
 from training.workers import in_child
 
 IGNORE_INDEX = -100
+PREFIX, NOBODY = -2, -1  # owners of a position in a row of several texts behind one clip; text k is owned by k
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
 BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
 GREY = 128  # value of blank frames: near 0 once normalised
@@ -637,6 +638,22 @@ def _encode_example(tokenizer, question, answer, num_visual_tokens, max_text_tok
     return {"input_ids": prompt + target, "labels": [IGNORE_INDEX] * len(prompt) + target}, cut
 
 
+def pack_examples(examples: list[dict], placeholder: int) -> dict[str, list[int]]:
+    """Examples of one clip (`encode_example`) in one row, behind the clip's tokens, which are there once.
+
+    Returns {"input_ids", "labels", "owner"} of one length; owner: PREFIX up to the last visual token, which is the same
+    in all examples, then the example's number.
+    """
+    first = examples[0]["input_ids"]
+    n = len(first) - first[::-1].index(placeholder)
+    row = {"input_ids": first[:n], "labels": [IGNORE_INDEX] * n, "owner": [PREFIX] * n}
+    for k, example in enumerate(examples):
+        row["input_ids"] = row["input_ids"] + example["input_ids"][n:]
+        row["labels"] = row["labels"] + example["labels"][n:]
+        row["owner"] = row["owner"] + [k] * (len(example["labels"]) - n)
+    return row
+
+
 def fit_answer(tokenizer, answer: str, room: int) -> tuple[list[int], bool]:
     """(ids, was it cut?): the answer within `room` tokens, cut at a sentence's end, else behind a word, else empty."""
     ids = _encode_text(tokenizer, answer, "the answer")
@@ -1051,43 +1068,65 @@ class ClipTensors:
 # What a data loader needs
 
 
+def group_by_clip(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries of the same clip together, in the order of their first."""
+    clips = {}
+    for entry in entries:
+        clips.setdefault(entry.video, []).append(entry)
+    return list(clips.values())
+
+
 class VideoInstructDataset(Dataset):
     """Examples for training and evaluation; `ds[(epoch, index)]`, or `ds[index]` for epoch 0.
 
-    An example is {"id", "frames" uint8 [T, S, S, 3], "input_ids", "labels" (lists of one length), "cut" (did the answer
-    not fit?)}; with `features` (the tower's, as ClipTensors), it has "features" [T, P, Dv] instead of frames. A clip
+    An example is {"id", "frames" uint8 [T, S, S, 3], "input_ids", "labels" (lists of one length), "cut" (answers that
+    did not fit)}; with `features` (the tower's, as ClipTensors), it has "features" [T, P, Dv] instead of frames. A clip
     that cannot be read is never replaced by another: its example has "error" ("path: reason"), zeros for frames and no
     supervised token, and `collate` leaves it out. Question, caption variant and augmentation (`augment`; None: as
     `train`) depend on (seed, epoch, id) alone; with `train=False`, they are the entry's own and `captions[0]`.
+
+    shared_prefix: an example holds all of a clip's entries in one row, with "owner" (`pack_examples`); the clip is
+    augmented as the first entry's is without.
     """
 
     def __init__(
         self, entries: list[Entry], tokenizer, *, video_root, num_frames: int, image_size: int,
         num_visual_tokens: int, max_text_tokens: int, cache_dir=None, seed: int = 0, train: bool = True,
         augment: bool | None = None, features: ClipTensors | None = None, wordings: float = 0.5,
+        shared_prefix: bool = False,
     ):
         self.entries, self.tokenizer, self.video_root = entries, tokenizer, Path(video_root)
+        self.shared_prefix = shared_prefix
+        self.rows = group_by_clip(entries) if shared_prefix else [[entry] for entry in entries]
         self.num_frames, self.image_size, self.cache_dir = num_frames, image_size, cache_dir
         self.num_visual_tokens, self.max_text_tokens = num_visual_tokens, max_text_tokens
         self.seed, self.train, self.features, self.wordings = seed, train, features, wordings
         self.augment = train if augment is None else augment
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.rows)
 
     def __getitem__(self, key) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        entry = self.entries[index]
-        draw = random.Random(f"{self.seed}/{epoch}/{entry.id}")  # seeded by the text: the same in every process
-        caption = draw.choice(entry.captions) if self.train else entry.captions[0]
-        question = draw_question(entry, self.seed, epoch, self.wordings) if self.train else entry.question
-        example, cut = _encode_example(self.tokenizer, question, caption, self.num_visual_tokens, self.max_text_tokens)
+        row = self.rows[index]
+        # seeded by a text: the same in every process
+        draws = [random.Random(f"{self.seed}/{epoch}/{entry.id}") for entry in row]
+        examples, cut = [], 0
+        for entry, draw in zip(row, draws, strict=True):
+            caption = draw.choice(entry.captions) if self.train else entry.captions[0]
+            question = draw_question(entry, self.seed, epoch, self.wordings) if self.train else entry.question
+            example, was_cut = _encode_example(self.tokenizer, question, caption, self.num_visual_tokens,
+                                               self.max_text_tokens)
+            examples.append(example)
+            cut += was_cut
+        example = pack_examples(examples, placeholder_id(self.tokenizer)) if self.shared_prefix else examples[0]
+        name = ", ".join(entry.id for entry in row)
         try:
-            clip = self._read(entry.video, draw)
+            clip = self._read(row[0].video, draws[0])
         except VideoError as error:
             example["labels"] = [IGNORE_INDEX] * len(example["labels"])
-            return {"id": entry.id, "error": str(error), "cut": False, **self._nothing(), **example}
-        return {"id": entry.id, "cut": cut, **clip, **example}
+            return {"id": name, "error": str(error), "cut": 0, **self._nothing(), **example}
+        return {"id": name, "cut": cut, **clip, **example}
 
     def _read(self, video: str, draw: random.Random) -> dict[str, torch.Tensor]:
         """The clip of an example, as frames or features."""
@@ -1116,8 +1155,8 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
     """One batch, padded on the right to its longest row. Examples with an error are left out and listed.
 
     Returns {"frames" uint8 [B, T, S, S, 3] or "features" [B, T, P, Dv], "input_ids" [B, L], "attention_mask" [B, L],
-    "labels" [B, L], "ids", "num_cut" (rows whose answer did not fit), "errors"}. If every example failed, the first is
-    kept: it supervises nothing, so its loss is zero, with a graph.
+    "labels" [B, L], "ids", "num_cut" (answers that did not fit), "errors"}, with "owner" [B, L] where the examples have
+    it. If every example failed, the first is kept: it supervises nothing, so its loss is zero, with a graph.
     """
     rows = [example for example in examples if "error" not in example] or examples[:1]
     length = max(len(row["input_ids"]) for row in rows)
@@ -1129,13 +1168,17 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
         input_ids[i, :n] = torch.tensor(row["input_ids"])
         attention_mask[i, :n] = 1
         labels[i, :n] = torch.tensor(row["labels"])
+    owner = {}
+    if "owner" in rows[0]:
+        owner["owner"] = torch.tensor([row["owner"] + [NOBODY] * (length - len(row["owner"])) for row in rows])
     seen = "features" if "features" in rows[0] else "frames"
     return {
+        **owner,
         seen: torch.stack([row[seen] for row in rows]),
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": labels,
         "ids": [row["id"] for row in rows],
-        "num_cut": sum(row.get("cut", False) for row in rows),
+        "num_cut": sum(row.get("cut", 0) for row in rows),
         "errors": [example["error"] for example in examples if "error" in example],
     }

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, SiglipVisionConfig
 from transformers.utils import logging as hf_logging
 
-from dataset import IGNORE_INDEX, MODES, chat_pieces, encode_prompt, placeholder_id
+from dataset import IGNORE_INDEX, MODES, NOBODY, PREFIX, chat_pieces, encode_prompt, placeholder_id
 from training.common import DriveVLMError, git_commit, process_rank
 
 GROUPS = ("projector", "temporal", "lora", "vision", "llm")  # groups of parameters that a stage trains or freezes
@@ -163,6 +163,54 @@ def token_logps(hidden, head_weight, targets, *, temperature=1.0, banned=None, c
     if banned is not None and len(banned) == 0:
         banned = None
     return _TokenLogps.apply(hidden, head_weight.detach(), targets, float(temperature), banned, int(chunk))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The shared prefix: several texts in one row, behind one clip. Every position has an owner (PREFIX, the text's number,
+# or NOBODY in the padding), and attends to earlier positions of the prefix and of its own text.
+
+
+def check_shared_prefix(llm):
+    """ModelError where the LM's attention would ignore our own mask: set `shared_prefix: false` there."""
+    attention = llm.config._attn_implementation
+    layers = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
+    if attention not in ("sdpa", "eager") or layers != {"full_attention"}:
+        raise ModelError(
+            f"shared_prefix needs sdpa or eager attention in full layers; {type(llm).__name__} has {attention} in "
+            f"{', '.join(sorted(layers))} layers: set shared_prefix to false"
+        )
+
+
+def attention_mask(visible, dtype):
+    """bool [R, Q, K] -> additive mask [R, 1, Q, K], which sdpa and eager attention both take."""
+    mask = torch.zeros_like(visible, dtype=dtype)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def sees(query_owner, key_owner):
+    """[R, Q], [R, K] -> bool [R, Q, K]: a key of the prefix or of the query's own completion, earlier or later."""
+    key = key_owner[:, None, :]
+    return (key == PREFIX) | ((key == query_owner[:, :, None]) & (key != NOBODY))
+
+
+def packed_mask(owner, dtype):
+    """Owners [R, L] of whole rows -> additive mask [R, 1, L, L]: earlier positions of the prefix and of one's own."""
+    length = owner.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()  # [L, L]
+    return attention_mask(sees(owner, owner) & earlier, dtype)
+
+
+def packed_positions(owner):
+    """Owners [R, L] -> position numbers [R, L], which restart at the prefix's end for each owner; 0 in the padding.
+
+    Owners stand in one stretch each, the prefix first.
+    """
+    places = torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
+    begins = torch.ones_like(owner, dtype=torch.bool)
+    begins[:, 1:] = owner[:, 1:] != owner[:, :-1]
+    within = places - torch.where(begins, places, 0).cummax(1).values  # place in the owner's stretch
+    behind = (owner == PREFIX).sum(1, keepdim=True) + within
+    return torch.where(owner == PREFIX, within, behind).masked_fill(owner == NOBODY, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -852,18 +900,23 @@ class DriveVLM(nn.Module):
         return output.last_hidden_state
 
     def forward(self, frames=None, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None,
-                features=None, **ignored):
+                features=None, owner=None, **ignored):
         """Token-weighted cross-entropy of the labels; only label positions reach the head.
 
         frames uint8 [B, T, S, S, 3], or features [B, T, P, Dv] that the tower made of them; input_ids, attention_mask,
-        labels [B, L], labels -100 where not supervised. Returns {"loss": loss_sum / (num_items_in_batch or this
-        batch's label tokens), "loss_sum", "num_tokens"}.
+        labels [B, L], labels -100 where not supervised. owner [B, L]: a row holds several texts behind one clip (see
+        the shared prefix, above). Returns {"loss": loss_sum / (num_items_in_batch or this batch's label tokens),
+        "loss_sum", "num_tokens"}.
         """
         device = self.device
         input_ids, labels = input_ids.to(device), labels.to(device)
         visual = self.encode_video(frames) if features is None else self.project(features)  # [B, N, D]
         embeds = self.embed(input_ids, visual)
-        hidden = self.hidden_states(embeds, attention_mask.to(device))
+        if owner is None:
+            hidden = self.hidden_states(embeds, attention_mask.to(device))
+        else:
+            owner = owner.to(device)
+            hidden = self.hidden_states(embeds, packed_mask(owner, self.dtype), packed_positions(owner))
         counted = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         logps, _ = token_logps(hidden[:, :-1][counted], self.head_weight, labels[:, 1:][counted])
         loss_sum = -logps.sum()

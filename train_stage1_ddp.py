@@ -18,7 +18,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import torch
 
-from model import DriveVLM, ModelError, resolve_dtype
+from model import DriveVLM, ModelError, check_shared_prefix, resolve_dtype
 from training import loop
 from training.run_folder import RunFolder
 
@@ -41,17 +41,21 @@ def build_model(config, checkpoint, device):
     bases = {"vision_model": config.vision_model, "language_model": config.language_model}
     try:
         if checkpoint:
-            return DriveVLM.from_checkpoint(checkpoint / "model", expect_stage=1, dtype=config.dtype, device=device,
-                                            **bases)
-        return DriveVLM.from_base(**bases, num_frames=config.num_frames, pooling=config.pooling, dtype=config.dtype,
-                                  seed=config.seed, device=device)
+            model = DriveVLM.from_checkpoint(checkpoint / "model", expect_stage=1, dtype=config.dtype, device=device,
+                                             **bases)
+        else:
+            model = DriveVLM.from_base(**bases, num_frames=config.num_frames, pooling=config.pooling,
+                                       dtype=config.dtype, seed=config.seed, device=device)
+        if config.shared_prefix:
+            check_shared_prefix(model.causal_lm)
+        return model
     except ModelError as error:
         fail([str(error)])
 
 
 def train(config, train_entries, held_out, run, checkpoint, signals):
     # ---- set-up
-    total_steps = loop.count_steps(config, len(train_entries))
+    total_steps = loop.count_steps(config, train_entries)
     accelerator = loop.start_accelerator(timeout_hours=12 if config.tower_cache else 0.5)
     run.start(config, checkpoint)
     run.print(f"stage 1 in {run.folder} on {accelerator.device} | entries: {len(train_entries)} to train on, "

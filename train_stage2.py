@@ -18,7 +18,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import torch
 
-from model import DriveVLM, ModelError, resolve_dtype
+from model import DriveVLM, ModelError, check_shared_prefix, resolve_dtype
 from training import loop
 from training.run_folder import RunFolder
 
@@ -44,6 +44,8 @@ def build_model(config, checkpoint, device):
                                          vision_model=config.vision_model, language_model=config.language_model)
         if not checkpoint:
             model.add_lora(config.lora_r, config.lora_alpha, config.lora_dropout, config.seed)
+        if config.shared_prefix:
+            check_shared_prefix(model.causal_lm)
         return model
     except ModelError as error:
         fail([str(error)])
@@ -51,7 +53,7 @@ def build_model(config, checkpoint, device):
 
 def train(config, train_entries, held_out, run, checkpoint, signals):
     # ---- set-up
-    total_steps = loop.count_steps(config, len(train_entries))
+    total_steps = loop.count_steps(config, train_entries)
     accelerator = loop.start_accelerator(timeout_hours=12 if config.tower_cache else 0.5)
     run.start(config, checkpoint)
     run.print(f"stage 2 in {run.folder} on {accelerator.device} | entries: {len(train_entries)} to train on, "

@@ -26,9 +26,9 @@ import torch
 from accelerate.utils import gather_object
 
 from dataset import MODES
-from model import DriveVLM, ModelError, resolve_dtype
+from model import DriveVLM, ModelError, check_shared_prefix, resolve_dtype
 from stage3.detect_objects import evidence_problems, frames_problems, get_evidence
-from stage3.grpo import SUMS, check_shared_prefix, load_reference, mean_statistics, needs_reference, training_pass
+from stage3.grpo import SUMS, load_reference, mean_statistics, needs_reference, training_pass
 from stage3.held_out import Evaluations
 from stage3.language import judge_language, usual_nll
 from stage3.report import write_report

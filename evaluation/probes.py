@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from dataset import GREY, MODE_TABLE, Entry, RowError, encode_prompt, resolve_video, video_stem
 from evaluation.scoring import Truth, draw_clips, interval_of, mentioned, ratio
-from model import ModelError
-from stage3.grpo import Group, check_shared_prefix, completion_logps
+from model import ModelError, check_shared_prefix
+from stage3.grpo import Group, completion_logps
 from stage3.mentions import find_mentions
 from stage3.vocabulary_config import COCO_NAMES
 from training.common import stable_seed

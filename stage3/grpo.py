@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model import ModelError, adapter_hash, checkpoint_folder, token_logps
+from dataset import NOBODY, PREFIX
+from model import ModelError, adapter_hash, checkpoint_folder, packed_mask, packed_positions, token_logps
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 MAX_LOG_DIFF = 20.0  # exp(20) = 4.9e8 is far below float32's maximum, and no real token changes that much
@@ -226,9 +227,7 @@ def dpo_loss(logps, ref_logps, mask, beta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The shared prefix: which position attends to which
-
-PREFIX, NOBODY = -2, -1  # owners of a position; completion k is owned by k
+# The training pass
 
 
 @dataclass
@@ -240,40 +239,12 @@ class Group:
     completion_ids: list[list[int]]
 
 
-def check_shared_prefix(llm):
-    """ModelError where the LM's attention would ignore our own mask: set `shared_prefix: false` there."""
-    attention = llm.config._attn_implementation
-    layers = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
-    if attention not in ("sdpa", "eager") or layers != {"full_attention"}:
-        raise ModelError(
-            f"shared_prefix needs sdpa or eager attention in full layers; {type(llm).__name__} has {attention} in "
-            f"{', '.join(sorted(layers))} layers: set shared_prefix to false"
-        )
-
-
-def attention_mask(model, visible):
-    """bool [R, Q, K] -> additive mask [R, 1, Q, K], which sdpa and eager attention both take."""
-    mask = torch.zeros_like(visible, dtype=model.dtype)
-    return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)[:, None]
-
-
-def sees(query_owner, key_owner):
-    """[R, Q], [R, K] -> bool [R, Q, K]: a key of the prefix or of the query's own completion, earlier or later."""
-    key = key_owner[:, None, :]
-    return (key == PREFIX) | ((key == query_owner[:, :, None]) & (key != NOBODY))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The training pass
-
-
 @dataclass
 class PackedGroups:
     """Rows of `pack_groups`, right padded, and for all completions in order what predicts their tokens."""
 
     ids: torch.Tensor  # [R, L]
     owner: torch.Tensor  # [R, L]; NOBODY in the padding
-    positions: torch.Tensor  # [R, L]
     predictors: torch.Tensor  # [N, T] index r * L + l into the flattened rows of the position that predicts each token
     targets: torch.Tensor  # [N, T] the token itself
     mask: torch.Tensor  # [N, T] True for real tokens
@@ -286,31 +257,28 @@ def pack_groups(groups, pad_token_id):
 
         ids        p0 p1 | a0 a1 | b0
         owner      -2 -2 |  0  0 |  1
-        positions   0  1 |  2  3 |  2
         predictors  a: 1 2 3, b: 1 4     (a0 and b0 are both predicted from p1)
     """
     rows, predictors, targets = [], [], []
     for group in groups:
         ids, n = list(group.prompt_ids), len(group.prompt_ids)
-        owner, positions = [PREFIX] * n, list(range(n))
+        owner = [PREFIX] * n
         for k, completion in enumerate(group.completion_ids):
             predictors.append([n - 1, *range(len(ids), len(ids) + len(completion) - 1)])
             targets.append(completion)
             ids += completion[:-1]
             owner += [k] * (len(completion) - 1)
-            positions += range(n, n + len(completion) - 1)
-        rows.append((ids, owner, positions))
-    length, longest = max(len(ids) for ids, _, _ in rows), max(map(len, targets))
+        rows.append((ids, owner))
+    length, longest = max(len(ids) for ids, _ in rows), max(map(len, targets))
     first = [row * length for row, group in enumerate(groups) for _ in group.completion_ids]
 
     def stack(lists, width, fill):
         return torch.tensor([list(x) + [fill] * (width - len(x)) for x in lists])
 
-    ids, owner, positions = zip(*rows, strict=True)
+    ids, owner = zip(*rows, strict=True)
     return PackedGroups(
         ids=stack(ids, length, pad_token_id),
         owner=stack(owner, length, NOBODY),
-        positions=stack(positions, length, 0),
         predictors=stack(predictors, longest, 0) + torch.tensor(first)[:, None],
         targets=stack(targets, longest, 0),
         mask=stack([[1] * len(target) for target in targets], longest, 0).bool(),
@@ -329,9 +297,7 @@ def completion_logps(model, groups, *, temperature=1.0, shared_prefix=True):
     ids, owner, mask = packed.ids.to(model.device), packed.owner.to(model.device), packed.mask.to(model.device)
     embeds = model.embed(ids, torch.stack([group.visual for group in groups]))  # [R, L, D]
     if shared_prefix:
-        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=model.device).tril()  # [L, L]
-        visible = sees(owner, owner) & earlier  # [R, L, L]
-        hidden = model.hidden_states(embeds, attention_mask(model, visible), packed.positions.to(model.device))
+        hidden = model.hidden_states(embeds, packed_mask(owner, model.dtype), packed_positions(owner))
     else:
         hidden = model.hidden_states(embeds, (owner != NOBODY).long())
     hidden = hidden.flatten(0, 1)[packed.predictors.to(model.device)[mask]]  # [tokens, D]

@@ -20,24 +20,17 @@ from transformers import DynamicCache
 from dataset import (
     MODE_TABLE,
     MODES,
+    NOBODY,
+    PREFIX,
     ClipTensors,
     Entry,
     VideoError,
     draw_question,
     encode_prompt,
 )
-from model import head_logits
+from model import attention_mask, head_logits, sees
 from stage3.evidence import Evidence, evidence_dict
-from stage3.grpo import (
-    NOBODY,
-    PREFIX,
-    Group,
-    attention_mask,
-    group_advantages,
-    has_variance,
-    reference_policy,
-    sees,
-)
+from stage3.grpo import Group, group_advantages, has_variance, reference_policy
 from stage3.grpo_reward_func import label_facts, label_mentions
 from training.common import TrainingError, stable_seed
 from training.loop import clock, require_finite
@@ -171,7 +164,7 @@ class GroupDecoder:
             next_ids = self._compact(next_ids)
         self.owner = torch.cat([self.owner, self.slots], dim=1)
         if self.shared_prefix:
-            visible = attention_mask(self.model, sees(self.slots, self.owner))  # [R, 1, W, K]
+            visible = attention_mask(sees(self.slots, self.owner), self.model.dtype)  # [R, 1, W, K]
         else:
             visible = (self.owner != NOBODY).long()
         self.hidden = self.model.hidden_states(

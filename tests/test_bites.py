@@ -28,7 +28,7 @@ import train_stage1_ddp
 import train_stage2
 import train_stage3
 import training.run_folder
-from dataset import IGNORE_INDEX, VideoInstructDataset, load_entries, load_split, split_by_video
+from dataset import IGNORE_INDEX, Entry, VideoInstructDataset, load_entries, load_split, split_by_video
 from model import DriveVLM, ModelError, head_logits, token_logps
 from stage3.grpo import group_advantages
 from stage3.rollout import prompts_of_step
@@ -238,11 +238,14 @@ def test_stage_1_starts_from_the_projector_of_its_seed(odd, even):
 
 def test_count_steps_drops_the_incomplete_step_of_each_epoch():
     config = Stage1Config(per_device_batch_size=2, gradient_accumulation_steps=2, epochs=3)
-    assert loop.count_steps(config, 11) == 6 and loop.count_steps(config, 12) == 9
+    entries = [Entry(f"{i}", f"{i // 2}.mp4", "copilot", "Well?", ("!",)) for i in range(12)]  # two of each clip
+    assert loop.count_steps(config, entries[:11]) == 6 and loop.count_steps(config, entries) == 9
     order = [[len(batch) for batch in loop.step_batches(11, step, 1, 2, 2, 0, 1)] for step in range(6)]
     assert order == [[2, 2]] * 6
+    config.shared_prefix = True
+    assert loop.count_steps(config, entries) == 3  # six clips
     config.max_steps = 100
-    assert loop.count_steps(config, 11) == 100
+    assert loop.count_steps(config, entries[:11]) == 100
 
 
 def test_the_sampler_takes_the_order_of_the_seed():

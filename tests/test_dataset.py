@@ -36,6 +36,8 @@ from dataset import (
     IGNORE_INDEX,
     MODE_TABLE,
     MODES,
+    NOBODY,
+    PREFIX,
     Clip,
     ClipTensors,
     DataError,
@@ -1160,6 +1162,40 @@ def test_variant_and_augmentation_depend_on_seed_epoch_and_id_alone(make_dataset
     assert len({tuple(make_dataset(entries, seed=s)[2]["labels"]) for s in range(12)}) > 4
     calm = make_dataset(entries, train=False)
     assert calm[(0, 2)]["labels"] == calm[(5, 2)]["labels"] and torch.equal(calm[0]["frames"], calm[(9, 0)]["frames"])
+
+
+def test_a_shared_row_holds_all_entries_of_its_clip(make_dataset, qwen, tiny):
+    entries = load_entries(tiny.data)
+    alone = replace(entries[0], id="alone#copilot", video=entries[-1].video)
+    entries = [*entries[:-2], alone]  # five clips with two entries each, and one with one
+    shared, plain = (make_dataset(entries, shared_prefix=on, seed=3) for on in (True, False))
+    assert len(plain) == 11 and len(shared) == 6
+    by_id = {plain[(2, i)]["id"]: plain[(2, i)] for i in range(11)}
+    prompt = encode_prompt(qwen, "", 8)
+    prefix = len(prompt) - prompt[::-1].index(placeholder_id(qwen))
+    for row in (shared[(2, i)] for i in range(6)):
+        parts = [by_id[name] for name in row["id"].split(", ")]
+        owner = torch.tensor(row["owner"])
+        assert (owner[:prefix] == PREFIX).all() and (owner == PREFIX).sum() == prefix
+        assert torch.equal(row["frames"], parts[0]["frames"])  # augmented as the first is
+        for k, part in enumerate(parts):
+            for key in ("input_ids", "labels"):
+                own = [value for value, who in zip(row[key], row["owner"], strict=True) if who in (PREFIX, k)]
+                assert own == part[key]
+        assert owner.max() == len(parts) - 1
+    batch = collate([shared[0], shared[5]], qwen.pad_token_id)
+    assert (batch["owner"] == NOBODY).equal(batch["attention_mask"] == 0) and (batch["owner"] == NOBODY).any()
+
+
+def test_a_shared_row_counts_its_cut_answers_and_fails_as_a_whole(make_dataset, tiny, qwen):
+    short = load_entries(tiny.data)[1]
+    long = replace(short, id="long#copilot", captions=("The car stops at the light. " * 30,))
+    lost = [replace(entry, id=f"lost {entry.id}", video="lost.mp4") for entry in (short, long)]
+    ds = make_dataset([short, long, replace(long, id="again"), *lost], max_text_tokens=120, shared_prefix=True)
+    assert [row["cut"] for row in (ds[0], ds[1])] == [2, 0] and "lost.mp4" in ds[1]["error"]
+    assert set(ds[1]["labels"]) == {IGNORE_INDEX} and ds[1]["id"] == ", ".join(entry.id for entry in lost)
+    batch = collate([ds[0], ds[1]], qwen.pad_token_id)
+    assert batch["num_cut"] == 2 and len(batch["ids"]) == 1 and len(batch["errors"]) == 1
 
 
 def test_training_asks_the_drawn_wording_and_evaluation_the_standard_question(make_dataset, qwen, tiny):

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 import stage3.grpo
-from dataset import MODES, Entry, VideoError, cached_frames, draw_question, encode_prompt
-from model import DriveVLM, ModelError, adapter_hash
+from dataset import MODES, PREFIX, Entry, VideoError, cached_frames, draw_question, encode_prompt
+from model import DriveVLM, ModelError, adapter_hash, check_shared_prefix, packed_positions
 from stage3.grpo import (
     LOSS_TYPES,
-    PREFIX,
     Group,
-    check_shared_prefix,
     completion_logps,
     dpo_loss,
     group_advantages,
@@ -602,7 +600,7 @@ def test_activation_checkpointing_changes_nothing(model):
 def test_the_prompt_is_in_the_row_once(model):
     groups = groups_of(model)
     packed = pack_groups(groups, model.pad_token_id)
-    owner, positions = packed.owner, packed.positions
+    owner, positions = packed.owner, packed_positions(packed.owner)
     prompt = len(groups[0].prompt_ids)
     assert (owner[0] == PREFIX).sum() == prompt
     assert owner[0, prompt:].tolist()[:12] == [1] * 4 + [2] * 8  # a completion's last token is not read

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import model as model_module
-from dataset import IGNORE_INDEX, MODES, encode_example
+from dataset import IGNORE_INDEX, MODES, NOBODY, PREFIX, collate, encode_example, pack_examples
 from model import (
     DriveVLM,
     ModelError,
@@ -37,6 +37,8 @@ from model import (
     check_head,
     check_pooling,
     choose_dtype,
+    packed_mask,
+    packed_positions,
     resolve_dtype,
     token_logps,
     tokens_per_frame,
@@ -261,6 +263,51 @@ def test_loss_and_gradients_equal_those_of_a_plain_forward(tiny, llm):
         assert torch.allclose(grad, model.get_parameter(name).grad, atol=1e-6), name
     share = model(**inputs, num_items_in_batch=torch.tensor(50), ids=["a", "b"])
     assert torch.allclose(share["loss"], share["loss_sum"] / 50) and torch.allclose(share["loss_sum"], out["loss_sum"])
+
+
+def entries_of_two_clips():
+    """Three texts of one clip and one of another, as (clip, question, answer)."""
+    return [(0, QUESTIONS[0], "The red car stops. " * 3), (0, QUESTIONS[2], "Bus."), (0, QUESTIONS[1], "Yes, it is."),
+            (1, QUESTIONS[2], "A truck merges.")]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_of_several_texts_give_the_loss_and_gradients_of_plain_rows(tiny, llm, checkpointing):
+    model, frames = with_adapter(tiny, llm), clips(2)
+    model.activation_checkpointing(checkpointing)
+    model.train()
+    entries = entries_of_two_clips()
+    examples = [encode_example(model.tokenizer, question, answer, model.num_visual_tokens, 200)
+                for _, question, answer in entries]
+    rows = [{"id": str(k), "frames": frames[clip], **example}
+            for k, ((clip, *_), example) in enumerate(zip(entries, examples, strict=True))]
+    packed = [{"id": "a", "frames": frames[0], **pack_examples(examples[:3], model.placeholder_id)},
+              {"id": "b", "frames": frames[1], **pack_examples(examples[3:], model.placeholder_id)}]
+
+    def run(rows):
+        model.zero_grad()
+        batch = collate(rows, model.pad_token_id)
+        out = model(**batch)
+        out["loss"].backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return out, gradients, int((batch["attention_mask"]).sum())
+
+    (plain, expected, num_plain), (shared, found, num_shared) = run(rows), run(packed)
+    assert shared["num_tokens"] == plain["num_tokens"] > 20
+    assert num_shared < num_plain - model.num_visual_tokens
+    torch.testing.assert_close(shared["loss"], plain["loss"], rtol=1e-5, atol=1e-6)
+    assert found.keys() == expected.keys() and len(found) > 10
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+def test_positions_restart_behind_the_prefix():
+    owner = torch.tensor([[PREFIX, PREFIX, PREFIX, 0, 0, 1, 1, 1, NOBODY], [PREFIX, 1, 1, 2, *[NOBODY] * 5]])
+    assert packed_positions(owner).tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0], [0, 1, 2, 1, 0, 0, 0, 0, 0]]
+    visible = packed_mask(owner, torch.float32)[0, 0] == 0  # [L, L]
+    assert visible[6].tolist() == [True] * 3 + [False] * 2 + [True] * 2 + [False] * 2
+    assert visible[1].tolist() == [True] * 2 + [False] * 7
 
 
 def test_no_label_gives_a_zero_loss_with_a_graph(tiny):

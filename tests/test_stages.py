@@ -3,6 +3,7 @@
 Everything runs in this process, except one torchrun.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -220,6 +221,41 @@ def dump(accelerator, parameters, loss):
 loop.sum_gradients = dump
 train_stage1_ddp.main(sys.argv[1:])
 """
+
+
+def test_both_stages_train_on_rows_that_share_a_clip(tiny, tmp_path, monkeypatch):
+    """Every step takes all eight entries of the four clips, in eight rows or in four: the numbers are the same."""
+    monkeypatch.setattr(train_stage1_ddp.loop, "step_batches", lambda count, *_: [
+        [(0, i) for i in range(count)]])  # all rows in each step
+    runs = {}
+    for shared, rows in ((False, 8), (True, 4)):
+        runs[shared] = stage1(tiny, tmp_path / f"one_{shared}", shared_prefix=shared, per_device_batch_size=rows,
+                              gradient_accumulation_steps=1, augment=False, max_steps=3)
+    plain, packed = steps(runs[False]), steps(runs[True])
+    for step in (1, 2, 3):
+        assert packed[step]["loss"] == pytest.approx(plain[step]["loss"], rel=1e-4)
+        assert packed[step]["grad_norm"] == pytest.approx(plain[step]["grad_norm"], rel=1e-3)
+    assert packed[3]["eval_loss"] == pytest.approx(plain[3]["eval_loss"], rel=1e-4)
+    two = stage2(tiny, tmp_path / "two", runs[True], shared_prefix=True, augment=False, max_steps=2,
+                 gradient_accumulation_steps=1, per_device_batch_size=4)
+    assert steps(two)[2]["eval_loss"] < steps(two)[0]["eval_loss"] and (two / "model" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_model_that_cannot_mask_refuses_shared_rows(stage, runs, tiny, tmp_path, monkeypatch, capsys):
+    module, load = (train_stage1_ddp, "from_base") if stage == 1 else (train_stage2, "from_checkpoint")
+    build = getattr(DriveVLM, load)
+
+    def other_attention(*args, **options):
+        model = build(*args, **options)
+        model.causal_lm.config._attn_implementation = "flash_attention_2"
+        return model
+
+    monkeypatch.setattr(module.DriveVLM, load, other_attention)
+    start = stage1 if stage == 1 else functools.partial(stage2, init_from=runs.one)
+    with pytest.raises(ConfigError, match="flash_attention_2 in full_attention layers: set shared_prefix to false"):
+        start(tiny, tmp_path / "run", shared_prefix=True, per_device_batch_size=1)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_two_processes_give_the_result_of_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):

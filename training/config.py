@@ -178,6 +178,8 @@ class SupervisedKeys(TrainKeys):
 
     augment: bool = True  # change brightness and contrast of the training clips, differently in each epoch
     tower_cache: str | None = None  # folder for the frozen tower's features, made once per clip; needs augment: false
+    # one row per clip with all of its entries behind the video, which is read once: batches count clips, not entries
+    shared_prefix: bool = False
     num_workers: int = 4  # processes that read clips; 0: read in the training process
 
     def problems(self):

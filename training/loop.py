@@ -38,6 +38,7 @@ from dataset import (
     clip_key,
     collate,
     find_bad_texts,
+    group_by_clip,
     load_split,
     resolve_video,
     video_reader_problems,
@@ -173,12 +174,13 @@ def check_resume(config, checkpoint, train_entries, held_out):
         fail(problems)
 
 
-def count_steps(config, num_entries: int) -> int:
-    """Optimizer steps of stage 1 or 2; ConfigError where the entries do not fill one."""
+def count_steps(config, entries) -> int:
+    """Optimizer steps of stage 1 or 2 on these training entries; ConfigError where they do not fill one."""
     step_size = config.per_device_batch_size * config.gradient_accumulation_steps * process_rank()[1]
-    if num_entries < step_size:
-        fail([f"data: {num_entries} training examples do not fill one optimizer step of {step_size}"])
-    return config.max_steps or config.epochs * (num_entries // step_size)
+    num_rows = len(group_by_clip(entries)) if config.shared_prefix else len(entries)
+    if num_rows < step_size:
+        fail([f"data: {num_rows} training examples do not fill one optimizer step of {step_size}"])
+    return config.max_steps or config.epochs * (num_rows // step_size)
 
 
 def start_accelerator(timeout_hours: float = 0.5) -> Accelerator:
@@ -273,6 +275,7 @@ def make_dataset(config, model, entries, features=None, train: bool = True) -> V
         image_size=model.image_size, num_visual_tokens=model.num_visual_tokens,
         max_text_tokens=config.max_text_tokens, cache_dir=config.frame_cache, seed=config.seed, train=train,
         augment=config.augment and train, features=features, wordings=config.wordings,
+        shared_prefix=config.shared_prefix and train,
     )
 
 
