@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, SiglipVisionConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as hf_logging
 
 from dataset import IGNORE_INDEX, MODES, NOBODY, PREFIX, chat_pieces, encode_prompt, placeholder_id
@@ -170,15 +172,38 @@ def token_logps(hidden, head_weight, targets, *, temperature=1.0, banned=None, c
 # or NOBODY in the padding), and attends to earlier positions of the prefix and of its own text.
 
 
+SPLIT_ATTENTION = "drivevlm_split"  # transformers' name for `split_attention`
+
+
 def check_shared_prefix(llm):
     """ModelError where the LM's attention would ignore our own mask: set `shared_prefix: false` there."""
     attention = llm.config._attn_implementation
     layers = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
-    if attention not in ("sdpa", "eager") or layers != {"full_attention"}:
+    if attention not in ("sdpa", "eager", SPLIT_ATTENTION) or layers != {"full_attention"}:
         raise ModelError(
             f"shared_prefix needs sdpa or eager attention in full layers; {type(llm).__name__} has {attention} in "
             f"{', '.join(sorted(layers))} layers: set shared_prefix to false"
         )
+
+
+def split_attention(module, query, key, value, attention_mask, **options):
+    """transformers' sdpa attention, in two parts where `attention_mask` [R, 1, S, K] has fewer rows than there are
+    queries [R, H, L, d]: it is then that of the last S, and the queries before them attend causally among themselves.
+
+    So the clip is not compared with all that stands behind it, as under a mask [R, 1, L, L], whose result would be
+    thrown away; and its part may use a kernel that takes no mask.
+    """
+    n = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if n == 0:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    first, _ = sdpa_attention_forward(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], None,
+                                      **options | {"is_causal": True})
+    last, _ = sdpa_attention_forward(module, query[:, :, n:], key, value, attention_mask, **options)
+    return torch.cat([first, last], 1), None  # [R, L, H, d]
+
+
+transformers.AttentionInterface.register(SPLIT_ATTENTION, split_attention)
+transformers.AttentionMaskInterface.register(SPLIT_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def attention_mask(visible, dtype):
@@ -193,11 +218,12 @@ def sees(query_owner, key_owner):
     return (key == PREFIX) | ((key == query_owner[:, :, None]) & (key != NOBODY))
 
 
-def packed_mask(owner, dtype):
-    """Owners [R, L] of whole rows -> additive mask [R, 1, L, L]: earlier positions of the prefix and of one's own."""
+def packed_mask(owner, dtype, start=0):
+    """Owners [R, L] of whole rows -> additive mask [R, 1, L - start, L] of the positions from `start` on: earlier
+    positions of the prefix and of one's own."""
     length = owner.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()  # [L, L]
-    return attention_mask(sees(owner, owner) & earlier, dtype)
+    earlier = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()[start:]  # [L - start, L]
+    return attention_mask(sees(owner[:, start:], owner) & earlier, dtype)
 
 
 def packed_positions(owner):
@@ -552,6 +578,8 @@ class DriveVLM(nn.Module):
         pad = tokenizer.pad_token_id
         self.pad_token_id = self.end_ids[0] if pad is None else pad
         self.register_buffer("banned_ids", self._find_banned_ids().to(embedding.device), persistent=False)
+        if llm.config._attn_implementation == "sdpa":
+            llm.set_attn_implementation(SPLIT_ATTENTION)
         # Otherwise the published generation defaults (temperature, top_k, top_p) apply to any option we do not pass.
         llm.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=self.pad_token_id)
         self.stage = 0  # the stage that these weights come from; 0: straight from the base models
@@ -899,6 +927,14 @@ class DriveVLM(nn.Module):
             )
         return output.last_hidden_state
 
+    def packed_hidden_states(self, inputs_embeds, owner):
+        """`hidden_states` of rows that hold several texts behind one clip. owner [R, L], the prefix first."""
+        split = self.causal_lm.config._attn_implementation == SPLIT_ATTENTION
+        # Up to where all rows have their prefix, plain causal attention will do.
+        start = min(int((owner == PREFIX).sum(1).min()), owner.shape[1] - 1) if split else 0
+        owner = owner.to(self.device)
+        return self.hidden_states(inputs_embeds, packed_mask(owner, self.dtype, start), packed_positions(owner))
+
     def forward(self, frames=None, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None,
                 features=None, owner=None, **ignored):
         """Token-weighted cross-entropy of the labels; only label positions reach the head.
@@ -915,8 +951,7 @@ class DriveVLM(nn.Module):
         if owner is None:
             hidden = self.hidden_states(embeds, attention_mask.to(device))
         else:
-            owner = owner.to(device)
-            hidden = self.hidden_states(embeds, packed_mask(owner, self.dtype), packed_positions(owner))
+            hidden = self.packed_hidden_states(embeds, owner)
         counted = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         logps, _ = token_logps(hidden[:, :-1][counted], self.head_weight, labels[:, 1:][counted])
         loss_sum = -logps.sum()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from dataset import NOBODY, PREFIX
-from model import ModelError, adapter_hash, checkpoint_folder, packed_mask, packed_positions, token_logps
+from model import ModelError, adapter_hash, checkpoint_folder, token_logps
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 MAX_LOG_DIFF = 20.0  # exp(20) = 4.9e8 is far below float32's maximum, and no real token changes that much
@@ -297,7 +297,7 @@ def completion_logps(model, groups, *, temperature=1.0, shared_prefix=True):
     ids, owner, mask = packed.ids.to(model.device), packed.owner.to(model.device), packed.mask.to(model.device)
     embeds = model.embed(ids, torch.stack([group.visual for group in groups]))  # [R, L, D]
     if shared_prefix:
-        hidden = model.hidden_states(embeds, packed_mask(owner, model.dtype), packed_positions(owner))
+        hidden = model.packed_hidden_states(embeds, packed.owner)
     else:
         hidden = model.hidden_states(embeds, (owner != NOBODY).long())
     hidden = hidden.flatten(0, 1)[packed.predictors.to(model.device)[mask]]  # [tokens, D]
