@@ -26,8 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, SiglipVisionConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as hf_logging
 
 from dataset import IGNORE_INDEX, MODES, NOBODY, PREFIX, chat_pieces, encode_prompt, placeholder_id
@@ -193,6 +191,8 @@ def split_attention(module, query, key, value, attention_mask, **options):
     So the clip is not compared with all that stands behind it, as under a mask [R, 1, L, L], whose result would be
     thrown away; and its part may use a kernel that takes no mask.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # brings torch's compiler with it
+
     n = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
     if n == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -202,8 +202,14 @@ def split_attention(module, query, key, value, attention_mask, **options):
     return torch.cat([first, last], 1), None  # [R, L, H, d]
 
 
-transformers.AttentionInterface.register(SPLIT_ATTENTION, split_attention)
-transformers.AttentionMaskInterface.register(SPLIT_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+def use_split_attention(llm):
+    """Let a model with sdpa attention use `split_attention`, which is the same for all other masks."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(SPLIT_ATTENTION, split_attention)
+    AttentionMaskInterface.register(SPLIT_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    llm.set_attn_implementation(SPLIT_ATTENTION)
 
 
 def attention_mask(visible, dtype):
@@ -489,7 +495,11 @@ def read_checkpoint(folder, expect_stage=None):
     if expect_stage is not None and "stage" in meta and meta["stage"] != expect_stage:
         problems.append(f"it holds stage {meta['stage']}, but stage {expect_stage} is needed here")
     files = ["projector.safetensors", "tokenizer_config.json"]
-    if meta.get("stage", 0) >= 2:
+    if meta.get("merged"):
+        if expect_stage is not None:
+            problems.append("it is an export: train on from the checkpoint that it was made of")
+        files += ["config.json"]
+    elif meta.get("stage", 0) >= 2:
         files += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     problems += [f"{name} is missing" for name in files if not (folder / name).is_file()]
     adapter = folder / "adapter" / "adapter_config.json"
@@ -579,7 +589,7 @@ class DriveVLM(nn.Module):
         self.pad_token_id = self.end_ids[0] if pad is None else pad
         self.register_buffer("banned_ids", self._find_banned_ids().to(embedding.device), persistent=False)
         if llm.config._attn_implementation == "sdpa":
-            llm.set_attn_implementation(SPLIT_ATTENTION)
+            use_split_attention(llm)
         # Otherwise the published generation defaults (temperature, top_k, top_p) apply to any option we do not pass.
         llm.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=self.pad_token_id)
         self.stage = 0  # the stage that these weights come from; 0: straight from the base models
@@ -628,7 +638,8 @@ class DriveVLM(nn.Module):
 
         dtype: None for the saved one. expect_stage: the stage it must hold. vision_model, language_model: where the
         base models are now, if not where they were when it was saved. ModelError lists everything that does not fit.
-        A checkpoint that was trained with other questions than MODES asks today says so on stderr.
+        A checkpoint that was trained with other questions than MODES asks today says so on stderr. An exported folder
+        (export.py) holds its language model itself, whatever `language_model` says.
         """
         folder, meta = read_checkpoint(folder, expect_stage)
         names, revisions = [], []
@@ -636,6 +647,8 @@ class DriveVLM(nn.Module):
             same = moved is None or str(moved) == meta[key]["name"]
             names.append(meta[key]["name"] if same else moved)
             revisions.append(meta[key]["revision"] if same else None)
+        if meta.get("merged"):
+            names[1], revisions[1] = str(folder), None
         model = cls._build(*names, folder, num_frames=meta["num_frames"], pooling=meta["pooling"],
                            dtype=dtype or meta["dtype"], seed=0, device=device, revisions=revisions, checkpoint=folder)
         problems = []

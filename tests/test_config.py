@@ -255,6 +255,7 @@ PROGRAMS = {  # program: (its configuration, files that read it beyond the progr
     "stage3/import_boxes.py": (configs.ImportConfig, ["stage3/detect_objects.py", "dataset.py"]),
     "evaluate.py": (configs.EvaluateConfig, ["dataset.py", "evaluation/sheet.py", "evaluation/ratings.py",
                                               "evaluation/best_of.py"]),
+    "export.py": (configs.ExportConfig, ["dataset.py"]),
     "generate.py": (configs.GenerateConfig, ["dataset.py"]),
     "check_dataset.py": (configs.CheckConfig, ["dataset.py"]),
     "augment_captions.py": (configs.AugmentConfig, []),

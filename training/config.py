@@ -454,6 +454,25 @@ class GenerateConfig(Config):
 
 
 @dataclass
+class ExportConfig(Config):
+    """export.py"""
+
+    checkpoint: str = ""  # checkpoint or run folder of any stage; with --video also an exported folder
+    output_dir: str = ""  # folder to write, empty or not there
+    metrics: str | None = None  # metrics.json of evaluate.py, for the model card
+    video: str | None = None  # write the prompt embeddings of this clip instead of the model
+    video_reader: Literal["auto", "decord", "pyav"] = "auto"  # what decodes it; use the one of the training
+    mode: str = "microscope"  # a mode of dataset.MODE_TABLE: what the clip's prompt asks
+    question: str | None = None  # your own words instead of the mode's question
+    vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
+    language_model: str | None = None  # where the language model is now, if not where the checkpoint says
+
+    def problems(self):
+        return super().problems() + [f"--{key}: must be given" for key in ("checkpoint", "output_dir")
+                                     if not getattr(self, key)]
+
+
+@dataclass
 class CheckConfig(BaseModelKeys, DataKeys):
     """check_dataset.py"""
 
