@@ -11,7 +11,7 @@ import torch
 
 import stage3.grpo
 from dataset import MODES, PREFIX, Entry, VideoError, cached_frames, draw_question, encode_prompt
-from model import DriveVLM, ModelError, adapter_hash, check_shared_prefix, packed_positions
+from model import SPLIT_ATTENTION, DriveVLM, ModelError, adapter_hash, check_shared_prefix, packed_positions
 from stage3.grpo import (
     LOSS_TYPES,
     Group,
@@ -517,7 +517,7 @@ def model(request, tiny):
     return build(tiny, request.param)
 
 
-def build(tiny, llm="llm", attention="sdpa"):
+def build(tiny, llm="llm", attention=SPLIT_ATTENTION):
     model = DriveVLM.from_base(tiny.vision, getattr(tiny, llm), num_frames=2, dtype="float32", seed=1)
     model.add_lora(r=4, alpha=8, dropout=0.1, seed=2)
     generator = torch.Generator().manual_seed(3)
@@ -564,7 +564,7 @@ def adapter_gradients(model, loss):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [SPLIT_ATTENTION, "sdpa", "eager"])
 @pytest.mark.parametrize("shared_prefix", [True, False])
 def test_completion_logps_equal_a_plain_forward_of_each_completion(model, shared_prefix, attention, temperature):
     """Values, entropies and gradients to 1e-5, with ragged lengths (one token too) and padded rows."""
@@ -585,7 +585,18 @@ def test_completion_logps_equal_a_plain_forward_of_each_completion(model, shared
     assert ours.keys() == by_the_book.keys() and all(g.abs().max() > 0 for g in ours.values())
     for name in ours:
         torch.testing.assert_close(ours[name], by_the_book[name], atol=1e-5, rtol=1e-5, msg=name)
-    model.causal_lm.set_attn_implementation("sdpa")
+    model.causal_lm.set_attn_implementation(SPLIT_ATTENTION)
+
+
+def test_the_clip_is_not_compared_with_the_answers_behind_it(model, monkeypatch):
+    groups, masks = groups_of(model), []
+    hidden_states = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda embeds, mask, positions: masks.append(mask.shape) or
+                        hidden_states(embeds, mask, positions))
+    completion_logps(model, groups)
+    shortest = min(len(group.prompt_ids) for group in groups)
+    (rows, _, queries, keys), = masks
+    assert rows == 3 and queries == keys - shortest
 
 
 def test_activation_checkpointing_changes_nothing(model):
@@ -608,7 +619,7 @@ def test_the_prompt_is_in_the_row_once(model):
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [SPLIT_ATTENTION, "sdpa", "eager"])
 def test_a_group_from_one_prefill_gives_the_answers_of_single_generation(model, shared_prefix, attention):
     """Greedy: three prompts of unequal lengths, two answers each, compared with transformers' generate one by one."""
     model.causal_lm.set_attn_implementation(attention)
@@ -620,7 +631,7 @@ def test_a_group_from_one_prefill_gives_the_answers_of_single_generation(model, 
         alone = model.generate(None, [question], max_new_tokens=7 if p == 1 else 12, visual=visual[p : p + 1])[0]
         for answer in answers[p]:
             assert (answer.ids, answer.text, answer.ended) == (alone.ids, alone.text, alone.ended)
-    model.causal_lm.set_attn_implementation("sdpa")
+    model.causal_lm.set_attn_implementation(SPLIT_ATTENTION)
 
 
 def seeds_of(prompts, group, step=0):
