@@ -42,6 +42,7 @@ MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
 BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
 GREY = 128  # value of blank frames: near 0 once normalised
 DECODE_TIMEOUT = 120.0  # seconds after which the decoding of a clip is stopped
+VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}  # files of a folder that are taken for clips
 VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts as variable frame rate
 
 
@@ -908,12 +909,32 @@ def _stat_clip(path: Path) -> os.stat_result:
     return found
 
 
-def read_frames(path, num_frames: int, size: int) -> np.ndarray:
-    """`num_frames` frames spread over the clip, RGB uint8 [T, size, size, 3], aspect squashed; raises VideoError."""
+def find_clips(folder) -> list[Path]:
+    """The clips in a folder and the folders in it, by their suffixes."""
+    return [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES]
+
+
+def clip_seconds(path) -> float:
+    """From the start of a clip's first frame to that of its last, in seconds. Raises VideoError."""
+    with Clip(path) as clip:
+        return float(clip.times[-1] - clip.times[0])
+
+
+def read_frames(path, num_frames: int, size: int, window: tuple[float, float] | None = None) -> np.ndarray:
+    """`num_frames` frames spread over the clip, RGB uint8 [T, size, size, 3], aspect squashed; raises VideoError.
+
+    window: (begin, end) in seconds from the clip's first frame; only frames that start in it are taken.
+    """
     if size < MIN_FRAME_SIZE:
         raise DataError(f"frames must be at least {MIN_FRAME_SIZE} px per side, not {size}: decord breaks smaller ones")
     with Clip(path, (size, size)) as clip:
-        return clip.frames(clip.choose(num_frames))
+        if window is None:
+            return clip.frames(clip.choose(num_frames))
+        starts = clip.times - clip.times[0]
+        inside = np.flatnonzero((starts >= window[0]) & (starts < window[1]))
+        if len(inside) == 0:
+            raise VideoError(path, f"no frame starts between {window[0]:g} and {window[1]:g} s")
+        return clip.frames(inside[spread_over_time(starts[inside], num_frames)])
 
 
 def sample_clip(path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -928,10 +949,10 @@ def sample_clip(path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
         return indices, times, clip.frames(indices)
 
 
-def decode_frames(path, num_frames: int, size: int) -> np.ndarray:
+def decode_frames(path, num_frames: int, size: int, window: tuple[float, float] | None = None) -> np.ndarray:
     """`read_frames` in a process of its own, stopped after DECODE_TIMEOUT: a clip that hangs or crashes the decoder
     gives a VideoError too."""
-    frames, failure = in_child(lambda: read_frames(path, num_frames, size), DECODE_TIMEOUT)
+    frames, failure = in_child(lambda: read_frames(path, num_frames, size, window), DECODE_TIMEOUT)
     if failure:
         raise VideoError(path, f"decoding {failure}")
     return frames

@@ -43,12 +43,14 @@ from dataset import (
     IGNORE_INDEX,
     MODE_TABLE,
     MODES,
+    VIDEO_SUFFIXES,
     DataError,
     Entry,
     VideoError,
     cached_frames,
     encode_example,
     encode_prompt,
+    find_clips,
     load_split,
     resolve_video,
     sample_clip,
@@ -99,7 +101,6 @@ CONTROLS = ("blank", "swapped", "middle", "shuffled", "reversed", "dark")  # see
 FIXED = ("prior", "reference", *CONTROLS)  # names of rows that no checkpoint may have
 DARK = 0.15  # share of the brightness that the control `dark` leaves
 FRAMES = 8  # frames of a clip that are shown
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}  # files of --clips that are taken for clips
 
 
 # ---- truth by a detector (exact truth: evaluation/scoring.py) --------------------------------------------------------
@@ -450,11 +451,10 @@ def read_clips(videos: list[str], video_root: str) -> tuple[dict[str, list], dic
 def uncaptioned(config: EvaluateConfig) -> tuple[list, list]:
     """([], one entry per mode for each clip in the folder `clips`, without captions)."""
     entries = []
-    for path in sorted(Path(config.clips).rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            video = path.relative_to(config.clips).as_posix()
-            for mode, question in MODES.items():
-                entries.append(Entry(f"{Path(video).with_suffix('')}#{mode}", video, mode, question, ()))
+    for path in find_clips(config.clips):
+        video = path.relative_to(config.clips).as_posix()
+        for mode, question in MODES.items():
+            entries.append(Entry(f"{Path(video).with_suffix('')}#{mode}", video, mode, question, ()))
     return [], entries
 
 

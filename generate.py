@@ -1,15 +1,23 @@
-"""Asks a checkpoint about one clip.
+"""Asks a checkpoint about clips.
 
     python generate.py --checkpoint output/stage3 --video drive.mp4 --mode copilot
     python generate.py --checkpoint output/stage3 --video drive.mp4 --question "Is anybody crossing?" --json
+    python generate.py --checkpoint output/stage3 --video a.mp4 b.mp4 clips/ --mode both --output answers.jsonl
+    python generate.py --checkpoint output/stage3 --video drive.mp4 --mode copilot --window 10 --stride 5
+
+On a terminal, the answer to one question about one clip is shown as it is written; of several, each stands under its
+clip. A folder stands for the clips in it. --window asks about stretches of a long drive, one after another. With
+--output, an interrupted run continues where it was. Exit code 1: some clips could not be read; they are named, the
+others are answered.
 """
 
+import hashlib
 import json
 import sys
 import time
 from pathlib import Path
 
-from training.common import fail, load_config, run_main
+from training.common import fail, file_sha256, load_config, read_jsonl, run_main
 from training.config import GenerateConfig
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -17,43 +25,146 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 import torch
 
-from dataset import MODE_TABLE, read_frames, video_reader_problems
+from dataset import (
+    MODE_TABLE,
+    VIDEO_SUFFIXES,
+    VideoError,
+    clip_seconds,
+    decode_frames,
+    find_clips,
+    video_reader_problems,
+)
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 
 
 def main(argv: list[str] | None = None) -> int:
     config = load_config(GenerateConfig, argv, description=__doc__)
-    problems = video_reader_problems(config)
-    if not Path(config.video).is_file():
-        problems.append(f"--video: no such file: {config.video}")
+    clips, modes, key, done = check(config)
+    model = DriveVLM.from_checkpoint(config.checkpoint, dtype=resolve_dtype(config.dtype),
+                                     device="cuda" if torch.cuda.is_available() else "cpu",
+                                     vision_model=config.vision_model, language_model=config.language_model)
+    if done:
+        print(f"{config.output} holds {len(done)} answers already", file=sys.stderr)
+    alone, failed = len(clips) * len(modes) == 1 and config.window is None, 0
+    for clip in clips:
+        try:
+            windows = stretches(clip_seconds(clip), config.window, config.stride) if config.window else [None]
+            for window in windows:
+                asked = {mode: row_of(config, clip, mode, window, key) for mode in modes}
+                left = {mode: row for mode, row in asked.items() if identity(row) not in done}
+                visual = encode(model, clip, window) if left else None  # [1, N, D]
+                for row in left.values():
+                    stream = alone and not config.json and sys.stdout.isatty()
+                    row |= answer(model, config, row, visual, stream)
+                    show(config, row, alone, stream)
+        except VideoError as error:
+            print(f"generate: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    return 1 if failed else 0
+
+
+def check(config) -> tuple[list[Path], list[str | None], str, set]:
+    """(clips, modes: None stands for an own question, what names weights and settings, identities of the rows that
+    --output holds already); ConfigError where anything is wrong."""
+    problems, clips = video_reader_problems(config), []
+    for name in config.video:
+        found = find_clips(name) if Path(name).is_dir() else [Path(name)]
+        if not found:
+            problems.append(f"--video: no clip in {name} ({', '.join(sorted(VIDEO_SUFFIXES))})")
+        problems += [f"--video: no such file: {path}" for path in found if not path.is_file()]
+        clips += found
+    folder = None
     try:
-        read_checkpoint(config.checkpoint)
+        folder, _ = read_checkpoint(config.checkpoint)
     except ModelError as error:
         problems.append(f"--checkpoint: {error}")
-    if config.mode not in MODE_TABLE:
-        problems.append(f"--mode: {config.mode!r} is none of {', '.join(MODE_TABLE)}")
+    modes = [None] if config.question else list(MODE_TABLE) if config.mode == "both" else [config.mode]
+    problems += [f"--mode: {mode!r} is none of {', '.join(MODE_TABLE)}, both" for mode in modes
+                 if mode not in (None, *MODE_TABLE)]
+    if config.stride and not config.window:
+        problems.append("--stride: of which --window?")
+    key, rows = "", []
+    if config.output and folder:
+        key = settings_key(config, folder)
+        rows = read_jsonl(config.output) if Path(config.output).is_file() else []
+        others = sum(row.get("key") != key for row in rows)
+        if others:
+            problems.append(f"--output: {others} of {len(rows)} answers in {config.output} are of another checkpoint "
+                            "or other settings; give another file")
     if problems:
         fail(problems)
+    return clips, modes, key, {identity(row) for row in rows}
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DriveVLM.from_checkpoint(config.checkpoint, dtype=resolve_dtype(config.dtype), device=device,
-                                     vision_model=config.vision_model, language_model=config.language_model)
-    question = config.question or MODE_TABLE[config.mode].question
-    limit = config.max_new_tokens or MODE_TABLE[config.mode].max_new_tokens
-    begin = time.perf_counter()
-    frames = read_frames(config.video, model.num_frames, model.image_size)
-    frames = torch.from_numpy(frames)[None]  # [1, T, S, S, 3]
-    answer = model.generate(frames, [question], max_new_tokens=limit, temperature=config.temperature,
-                            seed=config.seed)[0]
+
+def settings_key(config, folder: Path) -> str:
+    """Changes with the weights and with what else an answer depends on, the question and the clip aside."""
+    content = [[file_sha256(file) for file in sorted(folder.rglob("*.safetensors"))], config.max_new_tokens,
+               config.temperature, config.seed, config.dtype, config.window, config.stride]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def stretches(seconds: float, window: float, stride: float | None) -> list[tuple[float, float]]:
+    """(begin, end) of the stretches of a clip in seconds: each `window` long, the last ending with the clip."""
+    starts = [0.0]
+    while starts[-1] < seconds - window:
+        starts.append(min(starts[-1] + (stride or window), seconds - window))
+    return [(round(start, 3), round(start + window, 3)) for start in starts]
+
+
+def row_of(config, clip: Path, mode: str | None, window, key: str) -> dict:
+    """One answer's row, before it is answered."""
+    row = {"video": str(clip), "mode": mode, "question": config.question or MODE_TABLE[mode].question}
+    if window:
+        row["begin"], row["end"] = window
+    return row | ({"key": key} if key else {})
+
+
+def identity(row: dict) -> tuple:
+    return row["video"], row["question"], row.get("begin")
+
+
+@torch.no_grad()
+def encode(model, clip: Path, window) -> torch.Tensor:
+    """Visual tokens [1, N, D] of a clip, or of a stretch of it."""
+    frames = decode_frames(clip, model.num_frames, model.image_size, window)
+    with model.decoding(), model.autocast():
+        return model.encode_video(torch.from_numpy(frames)[None])
+
+
+def answer(model, config, row: dict, visual, stream: bool) -> dict:
+    """The answer to a row's question; `stream`: prints it as it is written."""
+    begin, streamer = time.perf_counter(), None
+    if stream:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    limit = config.max_new_tokens or MODE_TABLE[row["mode"] or "microscope"].max_new_tokens
+    [said] = model.generate(None, [row["question"]], max_new_tokens=limit, temperature=config.temperature,
+                            seed=config.seed, visual=visual, streamer=streamer)
+    return {"text": said.text, "ended": said.ended, "tokens": len(said.ids), "frames": model.num_frames,
+            "seconds": round(time.perf_counter() - begin, 3)}
+
+
+def show(config, row: dict, alone: bool, streamed: bool) -> None:
+    """Print an answered row, and append it to --output."""
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        with open(config.output, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if config.json:
-        print(json.dumps({"video": config.video, "mode": None if config.question else config.mode, "question": question,
-                          "text": answer.text, "ended": answer.ended, "tokens": len(answer.ids),
-                          "frames": model.num_frames, "seconds": round(time.perf_counter() - begin, 3)}))
-    else:
-        print(answer.text)
-        if not answer.ended:
-            print(f"(cut off after {limit} tokens)", file=sys.stderr)
-    return 0
+        print(json.dumps(row), flush=True)
+        return
+    if not alone:
+        when = f" | {clock(row['begin'])}-{clock(row['end'])}" if "begin" in row else ""
+        print(f"{row['video']}{when} | {row['mode'] or row['question']}")
+    if not streamed:
+        print(row["text"], flush=True)
+    if not row["ended"]:
+        print(f"(cut off after {row['tokens']} tokens)", file=sys.stderr)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{seconds % 60:04.1f}"
 
 
 if __name__ == "__main__":

@@ -986,12 +986,14 @@ class DriveVLM(nn.Module):
         return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
-    def generate(self, frames, questions, *, max_new_tokens, temperature=0.0, num_samples=1, seed=None, visual=None):
+    def generate(self, frames, questions, *, max_new_tokens, temperature=0.0, num_samples=1, seed=None, visual=None,
+                 streamer=None):
         """Answer each question about its clip -> list of Answer, `num_samples` in a row per question.
 
         frames uint8 [B, T, S, S, 3], or visual [B, N, D] from `encode_video` (frames is then not read). temperature 0
-        is greedy. With a seed, answers are the same at every call with the same batch, and the global generator is
-        left alone. ModelError for numbers that make no sense.
+        is greedy. With a seed, answers are the same at every call with the same batch, and the global generator is left
+        alone. streamer: one of transformers', which is given the ids of a single answer as they are generated.
+        ModelError for numbers that make no sense.
         """
         if max_new_tokens < 1 or num_samples < 1 or temperature < 0:
             raise ModelError(f"max_new_tokens ({max_new_tokens}) and num_samples ({num_samples}) must be at least 1, "
@@ -1011,7 +1013,8 @@ class DriveVLM(nn.Module):
             ids, mask = self.prompt_batch(questions)
             embeds = self.embed(ids, visual)
             with nullcontext() if seed is None else seeded(seed, self.device):
-                out = self.causal_lm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
+                out = self.causal_lm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
+                                              streamer=streamer)
         return [self.answer(row) for row in out.tolist()]
 
     def answer(self, ids):

@@ -436,21 +436,25 @@ class GenerateConfig(Config):
     """generate.py"""
 
     checkpoint: str = ""  # checkpoint or run folder of any stage
-    video: str = ""  # the clip
+    video: list[str] = field(default_factory=list)  # clips, or folders of clips
     video_reader: Literal["auto", "decord", "pyav"] = "auto"  # what decodes it; use the one of the training
-    mode: str = "microscope"  # a mode of dataset.MODE_TABLE
+    mode: str = "microscope"  # a mode of dataset.MODE_TABLE, or both
     question: str | None = None  # your own words instead of the mode's question
+    window: float | None = None  # ask about stretches of so many seconds, not about the whole clip at once
+    stride: float | None = None  # seconds from the start of one stretch to that of the next; none: no overlap
+    output: str | None = None  # JSON Lines file to append the answers to; what it holds is not asked again
     max_new_tokens: int | None = None  # longest answer, in tokens; none: the mode's limit
     temperature: float = 0.0  # 0: greedy
     seed: int = 42  # of a sampled answer
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and autocast; auto: as fast as the machine allows
     vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
     language_model: str | None = None  # where the language model is now, if not where the checkpoint says
-    json: bool = False  # print one JSON object: text, ended, tokens, seconds
+    json: bool = False  # print one JSON object a line: text, ended, tokens, seconds
 
     def problems(self):
         found = [f"--{key}: must be given" for key in ("checkpoint", "video") if not getattr(self, key)]
-        return super().problems() + found + self.out_of_range(above=["max_new_tokens"], least=["temperature"])
+        return super().problems() + found + self.out_of_range(
+            above=["max_new_tokens", "window", "stride"], least=["temperature"])
 
 
 @dataclass
