@@ -76,11 +76,14 @@ def test_answers_in_a_file_are_not_asked_again(world, tmp_path, capsys, monkeypa
     assert len(rows_of(out.read_text())) == 6
 
 
-def test_stretches_of_a_clip_are_asked_one_after_another(world, capsys):
+def test_stretches_of_a_clip_are_asked_one_after_another(world, capsys, monkeypatch):
+    decode, decoded = generate.decode_frames, []
+    monkeypatch.setattr(generate, "decode_frames", lambda *args: decoded.append(args[-1]) or decode(*args))
     flags = ("--video", world.clips / "car.mp4", "--mode", "copilot", "--window", 1, "--stride", 0.75)
     run(world, *flags, "--json")
     rows = rows_of(capsys.readouterr().out)
     assert [(row["begin"], row["end"]) for row in rows] == [(0.0, 1.0), (0.75, 1.75), (1.375, 2.375)]
+    assert decoded == [(row["begin"], row["end"]) for row in rows]
     run(world, *flags)
     shown = capsys.readouterr().out.splitlines()
     assert f"{world.clips / 'car.mp4'} | 0:00.8-0:01.8 | copilot" in shown
