@@ -73,7 +73,8 @@ def systems_table(metrics: dict, systems: list[str], mode: str, columns=COLUMNS)
     rows = []
     for name in systems:
         if name in metrics["systems"]:
-            rows.append([name, *(number(metrics["systems"][name][mode], key) for key in columns)])
+            title = f"stage2/{name}" if name in CONTROLS else name  # evaluate.py leaves out whose control it is
+            rows.append([title, *(number(metrics["systems"][name][mode], key) for key in columns)])
     return table([mode.capitalize(), *columns.values()], rows)
 
 
@@ -205,6 +206,8 @@ def look_section(metrics: dict) -> str:
             names += [stage, *(how if stage == "stage2" else f"{stage}/{how}" for how in CONTROLS)]
         text += systems_table(metrics, names, mode, columns) + "\n"
     text += "Two questions about each clip, and clips that lack one object ([evaluation.md](evaluation.md)):\n\n"
+    answered = {name: block for name, block in metrics["systems"].items() if name not in CONTROLS and "/" not in name}
+    metrics = metrics | {"systems": answered}
     return text + "\n".join(map(markdown_table, probe_tables(metrics) + twin_tables(metrics))) + "\n"
 
 
