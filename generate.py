@@ -4,11 +4,13 @@
     python generate.py --checkpoint output/stage3 --video drive.mp4 --question "Is anybody crossing?" --json
     python generate.py --checkpoint output/stage3 --video a.mp4 b.mp4 clips/ --mode both --output answers.jsonl
     python generate.py --checkpoint output/stage3 --video drive.mp4 --mode copilot --window 10 --stride 5
+    python generate.py --checkpoint output/stage3 --video drive.mp4 --detect true --detector.weights yolov8x.pt
 
 On a terminal, the answer to one question about one clip is shown as it is written; of several, each stands under its
 clip. A folder stands for the clips in it. --window asks about stretches of a long drive, one after another. With
---output, an interrupted run continues where it was. Exit code 1: some clips could not be read; they are named, the
-others are answered.
+--output, an interrupted run continues where it was. --detect lets a detector look for what the answer names: what it
+sees is green, what it does not is red, what it cannot tell yellow, and a line for each says when and where. Exit code
+1: some clips could not be read; they are named, the others are answered.
 """
 
 import hashlib
@@ -35,6 +37,8 @@ from dataset import (
     video_reader_problems,
 )
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
+from stage3.detect_objects import detect_clips, load_records, weights_problems
+from stage3.receipts import lines, paint, receipts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,14 +52,17 @@ def main(argv: list[str] | None = None) -> int:
     alone, failed = len(clips) * len(modes) == 1 and config.window is None, 0
     for clip in clips:
         try:
+            record = look(config, clip) if config.detect else None
             windows = stretches(clip_seconds(clip), config.window, config.stride) if config.window else [None]
             for window in windows:
                 asked = {mode: row_of(config, clip, mode, window, key) for mode in modes}
                 left = {mode: row for mode, row in asked.items() if identity(row) not in done}
                 visual = encode(model, clip, window) if left else None  # [1, N, D]
                 for row in left.values():
-                    stream = alone and not config.json and sys.stdout.isatty()
+                    stream = alone and not config.json and not record and sys.stdout.isatty()
                     row |= answer(model, config, row, visual, stream)
+                    if record:
+                        row["receipts"] = receipts(row["text"], record, config.detector, clip_seconds(clip))
                     show(config, row, alone, stream)
         except VideoError as error:
             print(f"generate: {error}", file=sys.stderr, flush=True)
@@ -91,6 +98,8 @@ def check(config) -> tuple[list[Path], list[str | None], str, set]:
         if others:
             problems.append(f"--output: {others} of {len(rows)} answers in {config.output} are of another checkpoint "
                             "or other settings; give another file")
+    if config.detect:
+        problems += weights_problems(config.detector, "detector") + config.detector.problems("detector")
     if problems:
         fail(problems)
     return clips, modes, key, {identity(row) for row in rows}
@@ -121,6 +130,14 @@ def row_of(config, clip: Path, mode: str | None, window, key: str) -> dict:
 
 def identity(row: dict) -> tuple:
     return row["video"], row["question"], row.get("begin")
+
+
+def look(config, clip: Path) -> dict:
+    """What the detector sees in a clip, from its cache or now; VideoError where it cannot read it."""
+    failed = detect_clips([clip.name], clip.parent, config.detector, config.evidence_cache)
+    if failed:
+        raise VideoError(clip, failed[clip.name].removeprefix(f"{clip}: "))
+    return load_records(config.evidence_cache, [clip.name], config.detector)[clip.name]
 
 
 @torch.no_grad()
@@ -157,8 +174,11 @@ def show(config, row: dict, alone: bool, streamed: bool) -> None:
     if not alone:
         when = f" | {clock(row['begin'])}-{clock(row['end'])}" if "begin" in row else ""
         print(f"{row['video']}{when} | {row['mode'] or row['question']}")
+    found = row.get("receipts", [])
     if not streamed:
-        print(row["text"], flush=True)
+        print(paint(row["text"], found) if sys.stdout.isatty() else row["text"], flush=True)
+    for line in lines(found):
+        print(line)
     if not row["ended"]:
         print(f"(cut off after {row['tokens']} tokens)", file=sys.stderr)
 

@@ -443,6 +443,9 @@ class GenerateConfig(Config):
     window: float | None = None  # ask about stretches of so many seconds, not about the whole clip at once
     stride: float | None = None  # seconds from the start of one stretch to that of the next; none: no overlap
     output: str | None = None  # JSON Lines file to append the answers to; what it holds is not asked again
+    detect: bool = False  # let a detector look for what the answer names, and say when and where it sees it
+    detector: DetectorSettings = field(default_factory=DetectorSettings)  # that detector
+    evidence_cache: str = "output/evidence"  # folder of the detector's boxes, one JSON per clip
     max_new_tokens: int | None = None  # longest answer, in tokens; none: the mode's limit
     temperature: float = 0.0  # 0: greedy
     seed: int = 42  # of a sampled answer
@@ -453,6 +456,8 @@ class GenerateConfig(Config):
 
     def problems(self):
         found = [f"--{key}: must be given" for key in ("checkpoint", "video") if not getattr(self, key)]
+        if self.detect and self.window:
+            found.append("--detect looks at whole clips, so it goes without --window")
         return super().problems() + found + self.out_of_range(
             above=["max_new_tokens", "window", "stride"], least=["temperature"])
 
