@@ -212,12 +212,12 @@ def look_section(metrics: dict) -> str:
 
 
 def gap_rows(title: str, folder: Path, config: Stage3Config) -> list[list[str]]:
-    """One run of stage 3: a row per evaluation, stage 2's first; "stop" where `stop_when_blind` stops such a run."""
+    """One run of stage 3: a row per evaluation, stage 2's (step 0) first; "stop" where `stop_when_blind` stops such a run."""
     state = json.loads((last_checkpoint(folder) / "run.json").read_text(encoding="utf-8"))
     first = state["evaluations"]["first"]
     log = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval_reward_microscope" in row]
     rows = []
-    for values in ({"step": 0, **first}, *log):
+    for values in log:
         cells = []
         for mode in MODES:
             cells += [f"{values[f'eval_{key}_{mode}']:.2f}" for key in ("reward", "gap_swapped", "gap_blank")]

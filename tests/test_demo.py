@@ -195,7 +195,7 @@ def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, mo
     first = {f"eval_{key}_{mode}": 0.25 for key in ("reward", "gap_swapped", "gap_blank")
              for mode in ("microscope", "copilot")}
     log = [first | {"step": step, "kl": 0.1, "eval_reward_microscope": 0.5 - abs(step - 70) / 100}
-           for step in range(35, 281, 35)]
+           for step in range(0, 281, 35)]
     for name, gap in (("over", 0.25), ("stage3", 0.25), ("fixed_text", 0.12)):
         folder = results.folder_of(42, name)
         (folder / "checkpoints" / "step-000280").mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, mo
         (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     page = results_page.write_page([42, 1]).read_text()
     assert "Not run yet" not in page and "highest at step 70" in page
-    assert "| stage 3, seed 42 | 0 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |  |" in page
+    assert page.count("| stage 3, seed 42 | 0 | ") == 1
     assert "| stage 3, seed 42 | 70 | 0.50 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |  |" in page
     assert "| fixed_text | 70 | 0.50 | 0.12 | 0.25 | 0.25 | 0.25 | 0.25 | stop |" in page
     for figure in ("tradeoff", "faults", "over"):
