@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOWER = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
-             patch_size=14, vision_use_head=False)
-QWEN3_4B = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-                num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-                max_position_embeddings=262144, rope_parameters={"rope_type": "default", "rope_theta": 5000000.0})
+sys.path.insert(0, str(ROOT))
+
+from bench.sizes import QWEN3_4B, TOWER
+
 REPORT = ("The video follows a vehicle on a city street. A red car ahead brakes at the light, so the driver waits. "
           "Then the light turns green and the traffic moves on past parked trucks and a crossing pedestrian. ") * 8
 
