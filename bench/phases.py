@@ -11,6 +11,7 @@ training; all else is fake.
 import contextlib
 import copy
 import dataclasses
+import math
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -234,11 +235,13 @@ class Meter:
 class Optimizer:
     """The stage's optimizer with its states, as from the second step on, and what follows the backward pass."""
 
-    def __init__(self, config, model, ledger):
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = loop.make_optimizer(model, dict.fromkeys(model.trained_groups, 1e-4), 0.01)
+    def __init__(self, config, meter):
+        self.trained = [parameter for parameter in meter.model.parameters() if parameter.requires_grad]
+        self.optimizer = loop.make_optimizer(meter.model, dict.fromkeys(meter.model.trained_groups, 1e-4), 0.01)
         self.max_grad_norm = config.max_grad_norm
-        with ledger:
+        for group in self.optimizer.param_groups:
+            group["fused"] = meter.gpu  # as make_optimizer chooses by the device
+        with meter.ledger:
             self.make_gradients()
             self.optimizer.step()
         self.clear()
@@ -281,7 +284,7 @@ def supervised_batch(config, model, answers):
 def run_supervised(meter, config, answers):
     """Stages 1 and 2: a step, the loss on held-out clips, sample answers (three clips in each mode)."""
     model, batch = meter.model, supervised_batch(config, meter.model, answers)
-    optimizer = Optimizer(config, model, meter.ledger)
+    optimizer = Optimizer(config, meter)
     if config.tower_cache:
         meter.ledger.add(batch["features"])
 
@@ -302,8 +305,8 @@ def run_supervised(meter, config, answers):
 
 
 def decode(meter, name, modes, group, shared_prefix, tokens, in_step=False):
-    """The prompts' prefill and the last of `tokens` decoding steps, `group` answers to a prompt; as `sample_groups` in
-    stage3/rollout.py, and near what `generate` does, but for what it decides by the tokens sampled."""
+    """The prompts' prefill and one of `tokens` decoding steps, `group` answers to a prompt; as `sample_groups` in
+    stage3/rollout.py, and near what `generate` does, but for what is decided by the tokens sampled."""
     model = meter.model
     prompts = [encode_prompt(model.tokenizer, MODES[mode], model.num_visual_tokens) for mode in modes]
     visual = made_up(model, (len(prompts), model.num_visual_tokens, model.head_weight.shape[1]), model.dtype)
@@ -319,7 +322,8 @@ def decode(meter, name, modes, group, shared_prefix, tokens, in_step=False):
     with torch.no_grad(), model.decoding(), model.autocast():
         decoder = meter.run(f"{name}: prefill", lambda: GroupDecoder(model, prompts, visual, group, shared_prefix),
                             in_step=in_step)
-        meter.run(f"{name}: decoding", lambda: lengthen(decoder, tokens - 2), times=0, in_step=in_step)
+        steps = tokens // 2 if meter.flops else tokens - 2  # the middle one stands for all, the last takes most memory
+        meter.run(f"{name}: decoding", lambda: lengthen(decoder, steps), times=0, in_step=in_step)
         meter.run(f"{name}: decoding", lambda: next_token(decoder), times=tokens - 1, in_step=in_step)
 
 
@@ -352,11 +356,14 @@ def rollout_of(config, model, mode, answer_tokens, slot):
 def run_stage3(meter, config, answers):
     """Stage 3: sampling, log-probs under stage 2, update, evaluation; answers {mode: tokens} are learnt from."""
     model, limits = meter.model, answer_limits(config)
-    optimizer = Optimizer(config, model, meter.ledger)
+    optimizer = Optimizer(config, meter)
     count = config.per_device_batch_size * config.gradient_accumulation_steps
     longest = max(config.modes, key=limits.get)
-    # before the first step, all prompts that are sampled at once are of one mode (stage3/language.py)
-    decode(meter, "sampling", [longest] * count, config.num_generations, config.shared_prefix, limits[longest], True)
+    most, asked = limits[longest], count
+    if meter.flops:  # a step's prompts of the longest mode, with usual answers; the others have left by then
+        most, asked = answers[longest], math.ceil(count * config.modes.count(longest) / len(config.modes))
+    # for memory, all are of one mode, as they are where usual language is measured (stage3/language.py)
+    decode(meter, "sampling", [longest] * asked, config.num_generations, config.shared_prefix, most, True)
     for mode, tokens in answers.items():
         batch = [rollout_of(config, model, mode, tokens, slot) for slot in range(config.per_device_batch_size)]
         share = config.gradient_accumulation_steps * config.modes.count(mode) / len(config.modes)
