@@ -156,7 +156,7 @@ def fault_parts() -> list[Part]:
     faults |= {"blind_person": ["--blind", "person"], "leave_out_person": ["--leave_out", "person"],
                "leave_out_car": ["--leave_out", "car"]}
     for name, flags in faults.items():
-        folder = RESULTS / "faults" / name
+        folder = RESULTS / "evidence_with_faults" / name
         parts.append(Part(f"faults-{name}", f"Evidence with faults: {name}",
                           [PYTHON, "-m", "demo.detector_faults", *flags, "--output_dir", str(folder)], folder, 8,
                           needs=("detect",)))

@@ -143,7 +143,7 @@ def draw_tradeoff(runs: list[dict], file: Path) -> None:
                 invented = [block["trap_invented"] for block in blocks]
                 told = [block["trap_told"] for block in blocks]
                 axis.scatter(invented, told, marker=marker, s=size, color=colour, label=name, alpha=0.85,
-                             edgecolor="white")
+                             edgecolor="white", zorder=2 if colour == GREY else 3)
         axis.set(title=mode.capitalize(), xlabel="companions invented (of those not there)", xlim=(-0.04, 1.04),
                  ylim=(-0.04, 1.04))
         axis.grid(alpha=0.25)
@@ -212,7 +212,7 @@ def look_section(metrics: dict) -> str:
 
 
 def gap_rows(title: str, folder: Path, config: Stage3Config) -> list[list[str]]:
-    """One run of stage 3: a row per evaluation, stage 2's (step 0) first; "stop" where `stop_when_blind` stops such a run."""
+    """One run of stage 3: a row per evaluation, stage 2's (step 0) first; "stop" where `stop_when_blind` would stop."""
     state = json.loads((last_checkpoint(folder) / "run.json").read_text(encoding="utf-8"))
     first = state["evaluations"]["first"]
     log = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval_reward_microscope" in row]
@@ -269,7 +269,8 @@ def draw_faults(metrics: dict, file: Path) -> None:
             blocks = [metrics["systems"][f"dose{dose}"][mode] for dose in doses]
             draw_line(axis, doses, blocks, key, colour, mode)
             axis.axhline(metrics["systems"]["stage2"][mode][key], color=colour, linestyle=":", linewidth=1)
-        axis.set(title=COLUMNS[key], xlabel="dose, %", ylim=(-0.02, None))
+        axis.set(title=COLUMNS[key], xlabel="dose, %")
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, fontsize=8, title="dotted: stage 2", title_fontsize=8)
     figure.savefig(file, dpi=110)
@@ -348,7 +349,7 @@ def spent(seeds) -> str:
     marks = marks_of(parts)
     seconds = [seconds_taken(part, marks[part.name]) for part in parts]
     done = [value for value in seconds if value is not None]
-    return f"{len(done)} of {len(parts)} parts, {sum(done) / 3600:.1f} hours"
+    return f"{len(done)} of {len(parts)} parts, {sum(done) / 3600:.1f} hours one after another"
 
 
 def write_page(seeds=SEEDS) -> Path:

@@ -165,6 +165,13 @@ def metrics_of_a_run(systems, value):
             "words_in_range": {mode: [1, 9] for mode in modes}}
 
 
+def test_no_part_writes_into_the_folder_of_another():
+    """A part whose configuration has changed removes its folder before it starts."""
+    folders = [part.folder for part in results.all_parts()]
+    assert len(set(folders)) == len(folders)
+    assert not [(inner, outer) for inner in folders for outer in folders if outer in inner.parents]
+
+
 def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, monkeypatch):
     for module in (demo, results):
         monkeypatch.setattr(module, "OUT", tmp_path)
