@@ -122,7 +122,7 @@ def script(monkeypatch, by_step):
 
 def test_a_reward_that_ignores_the_video_stops_the_run(stage2, tmp_path, quick):  # noqa: F811
     flags = ("--reward", "test_held_out:blind", "--max_steps", 12, "--learning_rate", 0.03, "--warmup", 0,
-             "--num_val_videos", 4, "--lr_schedule", "constant")
+             "--num_val_videos", 4, "--lr_schedule", "constant", "--wordings", 0)
     with pytest.raises(TrainingError, match="without watching: on the held-out clips its reward has risen") as error:
         run_stage3(stage2, tmp_path / "run", *flags, "--stop_when_blind", 0.5)
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")
@@ -145,7 +145,7 @@ def test_the_gap_is_that_of_the_models_own_answers(stage2, tmp_path, quick):  # 
         inner(sampler, entries, own, answers, blank, sums)
 
     quick.setattr(stage3.held_out, "add_rewards", look)
-    run_stage3(stage2, tmp_path / "run", "--max_steps", 1, "--num_val_videos", 3, "--eval_every", 9)
+    run_stage3(stage2, tmp_path / "run", "--max_steps", 1, "--num_val_videos", 3, "--eval_every", 9, "--wordings", 0)
     entries, answers, reward_of = seen["entries"], seen["answers"], seen["sampler"].reward_of
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]
     assert len(answers) == 6 and len(seen["blank"]) == 2
@@ -181,7 +181,7 @@ def test_what_another_clips_tokens_give_is_that_clips_answer(stage2, tmp_path, q
 
     quick.setattr(stage3.held_out, "answer_batch", swap)
     run_stage3(stage2, tmp_path / "run", "--max_steps", 1, "--num_val_videos", 3, "--eval_batch_size", 6,
-               "--eval_every", 9)
+               "--eval_every", 9, "--wordings", 0)
     assert len(kept) == 6 and all(kept.values()) and len(texts) > 1
 
 
