@@ -20,17 +20,16 @@ is assumed. Not counted: the driver's context, kernels' workspaces and the alloc
 import argparse
 import dataclasses
 import itertools
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.sizes import CARDS
-from training.common import load_config, run_main, write_json
-from training.config import Stage1Config, Stage2Config, Stage3Config
+from bench.sizes import CARDS, STAGES
+from training.common import fail, load_config, run_main, write_json
 
-STAGES = {1: Stage1Config, 2: Stage2Config, 3: Stage3Config}
 RESERVED_GIB = 2.0
 SHARES = (0.3, 0.5)  # of the card's data sheet
 # tokens of a usual answer: the mean of 300 real captions by Qwen3's tokenizer; a Copilot line of 45 words
@@ -43,7 +42,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--config", default="configs/stage2.yaml", help="a stage's YAML [configs/stage2.yaml]")
-    parser.add_argument("--stage", type=int, choices=STAGES, help="its stage [the one whose keys it has]")
+    parser.add_argument("--stage", type=int, choices=STAGES, help="its stage [by the file's name, else by its keys]")
     parser.add_argument("--card", choices=CARDS, default="4090", help="[4090]")
     parser.add_argument("--clips", type=int, default=446, help="clips, if the data file is not here [446]")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
@@ -132,6 +131,10 @@ def make_plan(config, stage, card, clips, batch=True):
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
 
 
+def list_answers(tokens: dict[str, int]) -> str:
+    return ", ".join(f"{mode} {number}" for mode, number in tokens.items())
+
+
 def plan_table(plan, name):
     """The plan as text."""
     low, high = map(str, SHARES)
@@ -144,8 +147,7 @@ def plan_table(plan, name):
         seconds = f"{row['seconds'][low]:,.1f} | {row['seconds'][high]:,.1f}"
         phase = row["phase"] if row["in_step"] else f"{row['phase']} *"
         lines.append(f"| {phase} | {row['peak_gib']:.1f} | {row['tflop']:,.1f} | {row['gb_read']:,.0f} | {seconds} |")
-    longest, usual = (", ".join(f"{mode} {n}" for mode, n in plan[key].items())
-                      for key in ("longest_answers", "usual_answers"))
+    longest, usual = (list_answers(plan[key]) for key in ("longest_answers", "usual_answers"))
     lines += ["", f"All of an optimizer step; *: once, of one batch. Answers in tokens: for memory {longest}; for time "
                   f"{usual}.",
               f"{'Fits' if plan['fits'] else 'DOES NOT FIT'}: {plan['peak_gib']:.1f} GiB at the peak, of "
@@ -156,17 +158,18 @@ def plan_table(plan, name):
     return "\n".join(lines)
 
 
-def recognise(path, stage):
-    """The stage whose keys a YAML has: 3 and 2 by keys that no earlier stage has."""
-    if stage:
-        return stage
+def recognise(path):
+    """The stage that a YAML is for: by its name (stage2.yaml), else by a key that one stage alone has; else ConfigError."""
+    if named := re.search("stage([123])", Path(path).stem):
+        return int(named[1])
     from omegaconf import OmegaConf
 
     keys = set(OmegaConf.load(path)) if Path(path).is_file() else set()
-    keys_of = {number: set(cls.__dataclass_fields__) for number, cls in STAGES.items()}
-    if keys & (keys_of[3] - keys_of[2] - keys_of[1]):
-        return 3
-    return 2 if keys & (keys_of[2] - keys_of[1]) else 1
+    fields = {stage: set(cls.__dataclass_fields__) for stage, cls in STAGES.items()}
+    for stage, own in fields.items():
+        if keys & own - set().union(*(others for other, others in fields.items() if other != stage)):
+            return stage
+    fail([f"{path}: which stage is it for? Say --stage 1, 2 or 3"], title="nothing was planned")
 
 
 def read_config(path, stage, flags):
@@ -257,7 +260,7 @@ def main(argv=None):
     if args.sweep:
         found, code = sweep(CARDS[args.card]), 0
     else:
-        stage = recognise(args.config, args.stage)
+        stage = args.stage or recognise(args.config)
         found = make_plan(read_config(args.config, stage, flags), stage, CARDS[args.card], args.clips)
         print(plan_table(found, args.config))
         code = 0 if found["fits"] else 1

@@ -47,7 +47,7 @@ def run(stage, size):
     from transformers import AutoTokenizer, Qwen3Config, SiglipVisionConfig
 
     from bench.phases import longest_answers, peak_of, phases_of
-    from bench.plan import STAGES
+    from bench.sizes import STAGES
 
     torch.set_num_threads(1)
     vision, language, shared, own = SIZES[size]

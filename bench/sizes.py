@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from training.config import Stage1Config, Stage2Config, Stage3Config
+
+STAGES = {1: Stage1Config, 2: Stage2Config, 3: Stage3Config}
 TOWER = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
              patch_size=14, vision_use_head=False)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, Qwen3Config, SiglipVisionConfig
 
 from bench import plan
@@ -13,7 +14,7 @@ from bench.plan_check import SIZES, check
 from bench.sizes import Card
 from dataset import load_split
 from training import loop
-from training.common import ConfigError
+from training.common import ConfigError, load_config
 from training.config import Stage2Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,10 +118,28 @@ def test_a_shared_prefix_saves_work():
     assert apart < together < 2 * apart  # a row of two texts against two rows
 
 
-def test_a_stage_is_recognised_by_its_keys():
+def test_a_stage_is_recognised_by_name_or_keys(tmp_path, capsys):
     for path in sorted(ROOT.glob("configs/**/stage*.yaml")):
-        assert plan.recognise(path, None) == int(path.stem[-1]), path
-    assert plan.recognise(ROOT / "configs/stage1.yaml", 3) == 3
+        assert plan.recognise(path) == int(path.stem[-1]), path
+    for stage, key in ((1, "pooling: 3"), (2, "lora_r: 8"), (3, "beta: 0.1")):
+        (tmp_path / "mine.yaml").write_text(f"{key}\nnum_frames: 8\n")
+        assert plan.recognise(tmp_path / "mine.yaml") == stage
+    (tmp_path / "mine.yaml").write_text("num_frames: 8\n")
+    with pytest.raises(ConfigError):
+        plan.recognise(tmp_path / "mine.yaml")
+    assert "--stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/1*gb/stage*.yaml")), ids=lambda path: path.parent.name)
+def test_presets_for_smaller_cards_hold_only_keys_that_differ(path):
+    cls = plan.STAGES[plan.recognise(path)]
+    config, default = load_config(cls, ["--config", str(path)]), cls()
+    keys = yaml.safe_load(path.read_text())
+    assert keys and [key for key in keys if getattr(config, key) == getattr(default, key)] == []
+    if config.init_from not in (None, default.init_from):  # the preset of the stage before has the same model
+        before = load_config(plan.STAGES[plan.recognise(path) - 1],
+                             ["--config", str(path.with_name(f"{Path(config.init_from).name}.yaml"))])
+        assert (before.output_dir, before.language_model) == (config.init_from, config.language_model)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
