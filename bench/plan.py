@@ -159,7 +159,7 @@ def plan_table(plan, name):
 
 
 def recognise(path):
-    """The stage that a YAML is for: by its name (stage2.yaml), else by a key that one stage alone has; else ConfigError."""
+    """The stage that a YAML is for, by its name (stage2.yaml), else by a key that one stage alone has; ConfigError."""
     if named := re.search("stage([123])", Path(path).stem):
         return int(named[1])
     from omegaconf import OmegaConf

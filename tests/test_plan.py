@@ -153,6 +153,8 @@ def test_steps_are_those_of_the_script(tiny, stage, monkeypatch):
     assert plan.count_steps(config, stage, entries) == 12
     if stage < 3:
         assert loop.count_steps(config, train) == 12
+        config.shared_prefix = True  # a row is a clip
+        assert plan.count_steps(config, stage, entries) == loop.count_steps(config, train) == 6
     config.data = str(tiny.root / "none.json")
     entries, usual, source = plan.read_data(config, stage, 12)
     assert len(entries) == 20 and "12 clips by --clips" in source
