@@ -99,6 +99,14 @@ def test_the_largest_batch_fits_and_the_next_does_not(stage):
     assert plan.largest_batch(config, stage, bases, phases, phases["load"].peak) == 0
 
 
+def test_checkpointing_trades_memory_for_work():
+    (kept, bases), (recomputed, _) = (small(2, activation_checkpointing=enabled) for enabled in (False, True))
+    answers, name = {"microscope": 100}, "forward and backward"
+    assert phases_of(recomputed, 2, bases, answers)[name].peak < 0.8 * phases_of(kept, 2, bases, answers)[name].peak
+    more, less = (phases_of(config, 2, bases, answers, flops=True)[name].flops for config in (recomputed, kept))
+    assert more > 1.2 * less
+
+
 def test_flops_grow_with_rows():
     config, bases = small(2, per_device_batch_size=2, gradient_accumulation_steps=1)
     twice, _ = small(2, per_device_batch_size=4, gradient_accumulation_steps=1)
@@ -132,13 +140,12 @@ def test_a_stage_is_recognised_by_name_or_keys(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/1*gb/stage*.yaml")), ids=lambda path: path.parent.name)
 def test_presets_for_smaller_cards_hold_only_keys_that_differ(path):
-    cls = plan.STAGES[plan.recognise(path)]
-    config, default = load_config(cls, ["--config", str(path)]), cls()
+    stage = plan.recognise(path)
+    config, default = load_config(plan.STAGES[stage], ["--config", str(path)]), plan.STAGES[stage]()
     keys = yaml.safe_load(path.read_text())
     assert keys and [key for key in keys if getattr(config, key) == getattr(default, key)] == []
-    if config.init_from not in (None, default.init_from):  # the preset of the stage before has the same model
-        before = load_config(plan.STAGES[plan.recognise(path) - 1],
-                             ["--config", str(path.with_name(f"{Path(config.init_from).name}.yaml"))])
+    if config.init_from != default.init_from:  # what the preset of the stage before writes, of the same model
+        before = load_config(plan.STAGES[stage - 1], ["--config", str(path.with_name(f"stage{stage - 1}.yaml"))])
         assert (before.output_dir, before.language_model) == (config.init_from, config.language_model)
 
 
