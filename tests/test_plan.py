@@ -89,7 +89,7 @@ def test_gradients_and_optimizer_states_count():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_largest_batch_fits_and_the_next_does_not(stage):
-    config, bases = small(stage)
+    config, bases = small(stage, per_device_batch_size=2)
     longest = longest_answers(config, stage)
     phases = phases_of(config, stage, bases, longest)
     budget = 3.3 * peak_of(phases)
