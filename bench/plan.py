@@ -14,8 +14,8 @@ long as its FLOPs or its reading, whichever is longer, at 30% and 50% of what th
 
 Assumed: attention is PyTorch's sdpa by fused kernels, which keep no length x length scores. Rows with padding and
 GRPO's shared prefix need a mask of that size; it is counted, and a kernel that takes one (memory-efficient attention)
-is assumed. Not counted: the driver's context, kernels' workspaces and the allocator's gaps, for which 2 GiB are left; and
-the launches of kernels, which may take longer than the work where answers are decoded token by token.
+is assumed. Not counted: the driver's context, kernels' workspaces and the allocator's gaps, for which 2 GiB are left;
+and the launches of kernels, which may take longer than the work where answers are decoded token by token.
 """
 
 import argparse
