@@ -234,7 +234,8 @@ def sweep(card):
         for stage, config in configs.items():
             entries, _, _ = read_data(config, stage, clips + config.num_val_videos)
             hours = plans[stage]["hours"][str(SHARES[0])] / plans[stage]["steps"] * count_steps(config, stage, entries)
-            cells.append(f"{hours:,.1f}")
+            refused = stage < 3 and len(entries) < plans[stage]["rows_a_step"]
+            cells.append("too few for a step" if refused else f"{hours:,.1f}")
         print(row(f"{clips:,}", *cells), flush=True)
     return {"configs": plans, "savings_peak_gib": saved, "growth": grown}
 
