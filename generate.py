@@ -108,7 +108,7 @@ def check(config) -> tuple[list[Path], list[str | None], str, set]:
 def settings_key(config, folder: Path) -> str:
     """Changes with the weights and with what else an answer depends on, the question and the clip aside."""
     content = [[file_sha256(file) for file in sorted(folder.rglob("*.safetensors"))], config.max_new_tokens,
-               config.temperature, config.seed, config.dtype, config.window, config.stride]
+               config.temperature, config.seed, config.dtype, config.window, config.stride, config.detect]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

@@ -512,8 +512,8 @@ def build_language(folder):
 def tune_language(folder):
     """Teach the language model in `folder` to read unclear notes, and questions with words that it does not know.
 
-    What a projector makes of a clip is never as clear as a note. A language model that has read nothing else learns
-    little from it in stage 1, nor does stage 1 learn from such a model."""
+    What a projector makes of a clip is never as clear as a note, and stage 1 connects poorly to a language model that
+    has read nothing but clear ones."""
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
     torch.manual_seed(LANGUAGE_SEED)
