@@ -194,12 +194,28 @@ def split_attention(module, query, key, value, attention_mask, **options):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward  # brings torch's compiler with it
 
     n = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if n == 0 and attention_mask is not None and key.shape[1] < query.shape[1] and query.shape[2] < key.shape[2]:
+        return decoding_attention(query, key, value, attention_mask, options.get("scaling")), None
     if n == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     first, _ = sdpa_attention_forward(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], None,
                                       **options | {"is_causal": True})
     last, _ = sdpa_attention_forward(module, query[:, :, n:], key, value, attention_mask, **options)
     return torch.cat([first, last], 1), None  # [R, L, H, d]
+
+
+def decoding_attention(query, key, value, attention_mask, scaling):
+    """Attention of a few new positions over a cache, with fewer heads of keys than of queries: the queries of the heads
+    that share keys stand in one head behind one another, where transformers would copy the cache for each of them.
+
+    query [R, H, W, d], key and value [R, Hk, K, d], mask [R, 1, W, K] -> [R, W, H, d]
+    """
+    rows, heads, width, size = query.shape
+    shared = key.shape[1]
+    packed = query.reshape(rows, shared, heads // shared * width, size)
+    mask = attention_mask.repeat(1, 1, heads // shared, 1)
+    out = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, heads, width, size).transpose(1, 2)
 
 
 def use_split_attention(llm):

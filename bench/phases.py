@@ -313,11 +313,11 @@ def decode(meter, name, modes, group, shared_prefix, tokens, in_step=False):
     meter.ledger.add(visual)
 
     def next_token(decoder):
-        which, hidden = decoder.unfinished()
+        hidden = decoder.hidden.flatten(0, 1)  # [n, D]
         with torch.autocast(hidden.device.type, enabled=False):
             logits = head_logits(hidden, model.head_weight, 1.0, model.banned_ids)  # [n, V]
-        sample_tokens(logits, torch.zeros(len(which)))
-        decoder.append(torch.zeros(len(which), dtype=torch.long), torch.zeros(len(which), dtype=torch.bool))
+        sample_tokens(logits, torch.zeros(len(hidden)))
+        decoder.append(torch.zeros_like(decoder.slots))
 
     with torch.no_grad(), model.decoding(), model.autocast():
         decoder = meter.run(f"{name}: prefill", lambda: GroupDecoder(model, prompts, visual, group, shared_prefix),

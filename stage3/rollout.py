@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import gather_object
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dataset import (
     MODE_TABLE,
@@ -34,6 +35,9 @@ from stage3.grpo import Group, group_advantages, has_variance, reference_policy
 from stage3.grpo_reward_func import label_facts, label_mentions
 from training.common import TrainingError, stable_seed
 from training.loop import clock, require_finite
+
+BLOCK = 512  # ids whose probabilities are summed first (`sample_tokens`)
+ROOM = 64  # decoding steps that a cache and its mask have room for
 
 
 @dataclass
@@ -109,13 +113,59 @@ def prompts_of_step(entries, step, count, modes, seed, wordings=0.5):
 
 
 def sample_tokens(logits, uniforms):
-    """logits [n, V], uniforms [n] in [0, 1) -> token ids [n], by inverting the cumulative distribution.
+    """logits [n, V] float32, uniforms [n] in [0, 1) -> token ids [n], by inverting the cumulative distribution.
 
     One number decides a token, so a completion does not depend on what else is in the batch. An id with logit -inf has
-    probability zero; the sum over 150,000 ids is in float64.
+    probability zero. Probabilities are in float32; their running sum, which float32 cannot hold over 150,000 ids, is in
+    float64: first over blocks of ids, then within the block that the number falls into.
     """
-    cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    probs = torch.softmax(logits, dim=-1)  # [n, V]
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # [n, b, BLOCK]
+    ends = blocks.sum(-1).double().cumsum(1)  # [n, b]
+    aim = uniforms[:, None] * ends[:, -1:]  # [n, 1]
+    block = torch.searchsorted(ends, aim, right=True)  # [n, 1]
+    inside = blocks[torch.arange(len(blocks), device=logits.device), block[:, 0]].double().cumsum(1)  # [n, BLOCK]
+    total = inside[:, -1:]
+    # Rounding may put the aim past either end of its block, where the next id with a probability is not in it.
+    aim = (aim - ends.gather(1, block) + total).clamp(min=0.0).minimum(torch.nextafter(total, torch.zeros_like(total)))
+    return block[:, 0] * BLOCK + torch.searchsorted(inside, aim, right=True)[:, 0]
+
+
+class RoomyLayer(DynamicLayer):
+    """A decoder layer's cached keys and values [R, heads, K, head size] with room for ROOM more decoding steps: new
+    ones are written in their place, where transformers' DynamicLayer copies all that went before at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.stores = {}  # of which `keys` and `values` are the beginning, once there is room
+
+    def update(self, key_states, value_states, *args, **options):
+        """Add keys and values [R, heads, n, head size]; returns all of them."""
+        if not self.is_initialized:  # the prompt: what it will be followed by is not known yet
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name, old, new):
+        length = old.shape[2] + new.shape[2]
+        store = self.stores.get(name)
+        if store is None or length > store.shape[2]:
+            store = old.new_empty(*old.shape[:2], length + (ROOM - 1) * new.shape[2], old.shape[3])
+            store[:, :, :old.shape[2]] = old
+            self.stores[name] = store
+        store[:, :, old.shape[2]:length] = new
+        return store[:, :, :length]
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.stores.clear()
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.stores.clear()
 
 
 class GroupDecoder:
@@ -123,7 +173,7 @@ class GroupDecoder:
 
     With `shared_prefix`, a row holds one prompt, and its completions take turns behind it: each step adds one token of
     each to the row's cache, and a mask keeps them apart. Without, the cache is expanded to one row per completion.
-    Finished completions leave their row, and rows without any leave the batch.
+    Finished completions go on until `leave` takes them out of their row, and rows without any out of the batch.
 
     R rows, W completions per row, K cached positions:
         slots [R, W]     index p * G + g of the completion that each column decodes, or NOBODY
@@ -139,6 +189,8 @@ class GroupDecoder:
         ids = torch.tensor([[model.pad_token_id] * n + prompt for n, prompt in rows], device=device)  # [P, L]
         self.owner = torch.tensor([[NOBODY] * n + [PREFIX] * len(prompt) for n, prompt in rows], device=device)
         self.cache = DynamicCache(config=model.causal_lm.config)
+        # other layers, as those of a sliding window, keep transformers' own cache
+        self.cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
         hidden = model.hidden_states(model.embed(ids, visual), (self.owner == PREFIX).long(),
                                      past_key_values=self.cache, use_cache=True)[:, -1:]  # [P, 1, D]
         if not shared_prefix:
@@ -147,76 +199,87 @@ class GroupDecoder:
         self.slots = torch.arange(len(prompts) * group, device=device).view(-1, width)
         self.position = (self.owner == PREFIX).sum(1, keepdim=True)  # [R, 1]: of the next new token
         self.hidden = hidden.expand(-1, width, -1)
+        self.mask = None  # [R, 1, W, K and room]; made by `_visible`
 
-    def unfinished(self):
-        """(indices [n] of the unfinished completions, hidden states [n, D] that predict their next tokens)."""
-        alive = self.slots != NOBODY
-        return self.slots[alive], self.hidden[alive]
-
-    def append(self, tokens, done):
-        """Add one token [n] to each unfinished completion; those that are `done` [n] leave. False if all have left."""
-        alive = self.slots != NOBODY
-        self.slots = self.slots.masked_scatter(alive, torch.where(done, NOBODY, self.slots[alive]))
-        if done.all():
-            return False
-        next_ids = torch.full_like(self.slots, self.model.pad_token_id).masked_scatter(alive, tokens)
-        if done.any():
-            next_ids = self._compact(next_ids)
+    def append(self, tokens):
+        """Add one token to each column; tokens [R, W]."""
         self.owner = torch.cat([self.owner, self.slots], dim=1)
-        if self.shared_prefix:
-            visible = attention_mask(sees(self.slots, self.owner), self.model.dtype)  # [R, 1, W, K]
-        else:
-            visible = (self.owner != NOBODY).long()
+        visible = self._visible() if self.shared_prefix else (self.owner != NOBODY).long()
         self.hidden = self.model.hidden_states(
-            self.model.causal_lm.get_input_embeddings()(next_ids), visible,
+            self.model.causal_lm.get_input_embeddings()(tokens), visible,
             position_ids=self.position.expand_as(self.slots), past_key_values=self.cache, use_cache=True)
         self.position = self.position + 1
-        return True
 
-    def _compact(self, next_ids):
-        """Move unfinished completions to the left, then drop columns and rows that have none."""
-        finished = self.slots == NOBODY
+    def _visible(self):
+        """The additive mask [R, 1, W, K] of a step. What is appended later is seen by its own column alone, so the mask
+        is made for ROOM steps at once."""
+        length = self.owner.shape[1]
+        if self.mask is None or length > self.mask.shape[3]:
+            owner = torch.cat([self.owner, self.slots.repeat(1, ROOM - 1)], dim=1)
+            self.mask = attention_mask(sees(self.slots, owner), self.model.dtype)
+        return self.mask[..., :length]
+
+    def leave(self, done, tokens):
+        """Take completions that are `done` [R, W] out, before their tokens [R, W] are appended; returns the tokens of
+        those that stay [R, W]: they move to the left, then columns and rows that have none are dropped."""
+        finished = done | (self.slots == NOBODY)
         widest = (~finished).sum(1).max()
         order = finished.long().argsort(dim=1, stable=True)[:, :widest]
         rows = (~finished).any(1).nonzero()[:, 0]
         if len(rows) < len(self.owner):
             self.owner, self.position = self.owner[rows], self.position[rows]
             self.cache.batch_select_indices(rows)
-        self.slots = self.slots.gather(1, order)[rows]
-        return next_ids.gather(1, order)[rows]
+        self.slots = self.slots.masked_fill(finished, NOBODY).gather(1, order)[rows]
+        self.hidden, self.mask = None, None
+        return tokens.gather(1, order)[rows]
 
 
 @torch.no_grad()
-def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, shared_prefix=True):
+def sample_groups(model, prompts, visual, seeds, limits, *, temperature=1.0, shared_prefix=True, check_every=None):
     """Sample len(seeds[p]) completions of every prompt, all prompts together: list [P] of lists [G] of Completion.
 
     prompts: P lists of ids; visual [P, N, D]; seeds [P][G] ints; limits [P]: most new tokens. temperature 0 is greedy.
+    check_every: steps between looks at which completions have ended, which a GPU has to stop for; None: 1 on a CPU,
+    else 8. The completions are the same.
     """
     group, device = len(seeds[0]), model.device
+    check_every = check_every or (1 if device.type == "cpu" else 8)
     uniforms = []  # one number per token, drawn beforehand from the completion's own seed
     for row, limit in zip(seeds, limits, strict=True):
         uniforms += [torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in row]
-    uniforms = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True).to(device)  # [P * G, longest limit]
-    limits = torch.tensor(limits, device=device).repeat_interleave(group)  # [P * G]
+    longest = max(limits)
+    # One row per completion, and a last one for columns without any: NOBODY is -1.
+    uniforms = torch.nn.utils.rnn.pad_sequence([*uniforms, torch.zeros(longest)], batch_first=True).to(device)
+    limits = torch.tensor([*limits, 0], device=device).repeat_interleave(group)[:len(uniforms)]  # [P * G + 1]
     ends = torch.tensor(model.end_ids, device=device)
-    ids, logps = [[] for _ in limits], [[] for _ in limits]
+    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=device)  # [P * G + 1, longest]
+    logps = torch.zeros(uniforms.shape, device=device)
+    lengths = limits.clone()  # up to the end token, as soon as there is one
     with model.decoding(), model.autocast():
         head = model.head_weight if device.type == "cuda" else model.head_weight.float()
         decoder = GroupDecoder(model, prompts, visual, group, shared_prefix)
-        for t in range(int(limits.max())):
-            which, hidden = decoder.unfinished()  # [n], [n, D]
+        for t in range(longest):
+            which, hidden = decoder.slots.flatten(), decoder.hidden.flatten(0, 1)  # [n], [n, D]
             with torch.autocast(device.type, enabled=False):
                 logits = head_logits(hidden, head, temperature or 1.0, model.banned_ids)  # [n, V]
             tokens = sample_tokens(logits, uniforms[which, t]) if temperature else logits.argmax(-1)
-            token_logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-            for k, token, logp in zip(which.tolist(), tokens.tolist(), token_logps.tolist(), strict=True):
-                ids[k].append(token)
-                logps[k].append(logp)
-            done = torch.isin(tokens, ends) | (t + 1 >= limits[which])
-            if not decoder.append(tokens, done):
-                break
-    completions = [Completion(i, i[-1] in model.end_ids, model.answer(i).text, logp)
-                   for i, logp in zip(ids, logps, strict=True)]
+            ids[which, t] = tokens
+            logps[which, t] = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            stops = torch.isin(tokens, ends) & (t < lengths[which])
+            lengths[which] = torch.where(stops, t + 1, lengths[which])
+            tokens = tokens.view_as(decoder.slots)
+            if (t + 1) % check_every == 0 or t + 1 == longest:
+                done = (lengths <= t + 1)[decoder.slots]
+                if done.all():
+                    break
+                if done.any():
+                    tokens = decoder.leave(done, tokens)
+            decoder.append(tokens)
+    completions = []
+    for row, count in enumerate(lengths.tolist()[:-1]):
+        answer = ids[row, :count].tolist()
+        completions.append(Completion(answer, answer[-1] in model.end_ids, model.answer(answer).text,
+                                      logps[row, :count].tolist()))
     return [completions[start:start + group] for start in range(0, len(completions), group)]
 
 

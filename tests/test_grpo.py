@@ -8,10 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import stage3.grpo
 from dataset import MODES, PREFIX, Entry, VideoError, cached_frames, draw_question, encode_prompt
-from model import SPLIT_ATTENTION, DriveVLM, ModelError, adapter_hash, check_shared_prefix, packed_positions
+from model import (
+    SPLIT_ATTENTION,
+    DriveVLM,
+    ModelError,
+    adapter_hash,
+    check_shared_prefix,
+    decoding_attention,
+    packed_positions,
+)
+from stage3 import rollout
 from stage3.grpo import (
     LOSS_TYPES,
     Group,
@@ -691,6 +701,88 @@ def test_sampled_frequencies_are_the_probabilities():
     assert counts[1] == 0 and counts[4] == 0
     edges = sample_tokens(torch.tensor([[-INF, 0.0, 0.0, -INF]] * 2), torch.tensor([0.0, 1 - 2**-24]))
     assert edges.tolist() == [1, 2]
+
+
+def test_a_token_is_where_the_number_falls_in_the_cumulative_distribution():
+    """As many ids as Qwen3 has, flat and peaked, some impossible: blocks of ids give the token that a running sum over
+    all of them in float64 gives."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 151_937, generator=generator) * torch.linspace(0.1, 8, 40)[:, None]
+    logits[:, ::3] = -INF
+    uniforms = torch.rand(40, generator=generator)
+    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    assert torch.equal(sample_tokens(logits, uniforms), expected)
+    ends = sample_tokens(logits[:2], torch.tensor([0.0, 1 - 2**-24]))
+    assert ends[0] == 1 and torch.isfinite(logits[1, ends[1]])
+
+
+def test_an_impossible_token_is_never_sampled_where_rounding_decides():
+    """Numbers that fall where one block of ids ends and the next begins, whose outermost ids are impossible."""
+    block, generator = rollout.BLOCK, torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 8, block, generator=generator)
+    logits[..., :2] = logits[..., -2:] = -INF
+    logits = logits.flatten(1)  # [400, V]
+    shares = logits.softmax(-1, dtype=torch.float64).unflatten(1, (8, block)).sum(-1).cumsum(1)  # [400, 8]
+    for border in range(7):
+        tokens = sample_tokens(logits, shares[:, border].float())
+        assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
+
+
+def completions_of(groups):
+    return [(c.ids, c.logps, c.ended) for group in groups for c in group]
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_it_does_not_matter_how_often_ended_answers_are_looked_for(model, shared_prefix):
+    prompts, visual = prompts_of(model)
+    seeds, options = seeds_of(prompts, 8), {"temperature": 1.3, "shared_prefix": shared_prefix}
+    every = completions_of(sample_groups(model, prompts, visual, seeds, [40, 9, 40], check_every=1, **options))
+    for steps in (3, 8, 100):
+        seldom = completions_of(
+            sample_groups(model, prompts, visual, seeds, [40, 9, 40], check_every=steps, **options))
+        assert [ids for ids, _, _ in every] == [ids for ids, _, _ in seldom]
+        assert [ended for _, _, ended in every] == [ended for _, _, ended in seldom]
+        for (_, logps, _), (_, others, _) in zip(every, seldom, strict=True):
+            torch.testing.assert_close(torch.tensor(logps), torch.tensor(others), atol=1e-5, rtol=1e-5)
+    assert len({len(ids) for ids, _, _ in every}) > 3
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("room", [1, 3, 64])
+def test_a_cache_with_room_gives_what_transformers_own_gives(model, monkeypatch, room, shared_prefix):
+    """To the bit, over answers that end early, so that rows leave, and past the room."""
+    prompts, visual = prompts_of(model)
+    asked = (model, prompts, visual, seeds_of(prompts, 4), [40, 9, 40])
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "RoomyLayer", DynamicLayer)
+        expected = completions_of(sample_groups(*asked, temperature=1.3, shared_prefix=shared_prefix))
+    monkeypatch.setattr(rollout, "ROOM", room)
+    assert completions_of(sample_groups(*asked, temperature=1.3, shared_prefix=shared_prefix)) == expected
+
+
+def test_a_token_is_written_in_its_place():
+    layer = rollout.RoomyLayer()
+    parts = torch.randn(8, 2, 3, 5, 4)  # [steps, R, heads, n, head size]
+    layer.update(parts[0], -parts[0])
+    places = set()
+    for step in range(1, 8):
+        keys, values = layer.update(parts[step], -parts[step])
+        assert torch.equal(keys, torch.cat(list(parts[:step + 1]), 2)) and torch.equal(values, -keys)
+        places.add(keys.data_ptr())
+    assert len(places) == 1 and layer.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_attention_over_a_cache_needs_no_copies_of_shared_keys(width):
+    generator = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(2, 6, width, 8, generator=generator), torch.randn(2, 2, 30, 8, generator=generator)
+    values = torch.randn(2, 2, 30, 8, generator=generator)
+    mask = torch.randn(2, 1, width, 30, generator=generator)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys.repeat_interleave(3, 1), values.repeat_interleave(3, 1), attn_mask=mask, scale=0.3)
+    found = decoding_attention(query, keys, values, mask, 0.3)  # [R, W, H, d]
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=1e-6)
 
 
 def test_models_that_cannot_share_a_prefix_are_refused_with_a_hint(tiny):
