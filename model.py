@@ -875,6 +875,27 @@ class DriveVLM(nn.Module):
             turn_off = getattr(llm, "activation_checkpointing_disable", None) or llm.gradient_checkpointing_disable
             turn_off()
 
+    def compile_blocks(self):
+        """Have torch.compile translate the LM's decoder blocks: one translation for all of them and for all lengths,
+        made where it is first used, which takes a minute or two. Results differ by rounding, and dropout draws other
+        numbers.
+
+        ModelError on a CPU without a C++ compiler. `generate` goes on without.
+        """
+        import torch._dynamo
+        from torch._inductor import cpp_builder, exc
+
+        if self.device.type == "cpu":
+            try:
+                cpp_builder.get_cpp_compiler()
+            except exc.InvalidCxxCompiler as error:
+                raise ModelError("compile_blocks: torch.compile needs a C++ compiler on a CPU: install g++, or name "
+                                 "one in the variable CXX") from error
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else a block's number is a reason for its own code
+        blocks = next(child for child in self.causal_lm.get_decoder().children() if isinstance(child, nn.ModuleList))
+        for block in blocks:
+            block.compile(dynamic=True)
+
     @contextmanager
     def decoding(self):
         """Eval mode without activation checkpointing, which would lose the KV cache; restores both afterwards."""
@@ -1024,7 +1045,8 @@ class DriveVLM(nn.Module):
             max_new_tokens=max_new_tokens, num_return_sequences=num_samples, eos_token_id=self.end_ids,
             pad_token_id=self.pad_token_id, suppress_tokens=self.banned_ids.tolist() or None, **options,
         )
-        with self.decoding(), self.autocast():
+        # Of compiled blocks, transformers' cache would want a translation each.
+        with self.decoding(), self.autocast(), torch.compiler.set_stance("force_eager"):
             visual = self.encode_video(frames) if visual is None else visual.to(self.device)
             ids, mask = self.prompt_batch(questions)
             embeds = self.embed(ids, visual)

@@ -63,6 +63,8 @@ def train(config, train_entries, held_out, run, checkpoint, signals):
     model = build_model(config, checkpoint, accelerator.device)
     model.set_trainable("lora", "projector")
     model.activation_checkpointing(config.activation_checkpointing)
+    if config.compile_blocks:
+        model.compile_blocks()
     loop.record_clips(config, model, train_entries, held_out)
     run.print(model.trainable_table())
 

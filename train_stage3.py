@@ -160,6 +160,8 @@ def build_model(config, checkpoint, device):
                   f"({reference_hash[:12]}): the KL would be measured against another policy"])
     model.set_trainable("lora")
     model.activation_checkpointing(config.activation_checkpointing)
+    if config.compile_blocks:
+        model.compile_blocks()
     model.set_lora_dropout(0.0)  # sampling and scoring must use the same probabilities
     return model, reference_hash
 

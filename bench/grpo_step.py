@@ -69,6 +69,8 @@ def build(args, prompt_tokens):
             if ".lora_B.default." in name:
                 parameter.normal_(std=0.02)
     model.activation_checkpointing(args.checkpointing)
+    if args.compile_blocks:
+        model.compile_blocks()
     return model
 
 
@@ -262,6 +264,8 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                         help="recompute activations in the backward pass, in both arms")
+    parser.add_argument("--compile_blocks", action="store_true",
+                        help="the key of this name, in both arms; translated in the warm-up")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True,
                         help="also with half and double the prompt, generations and tokens")
     parser.add_argument("--out", type=Path, default=Path("output/bench/grpo_step.json"))

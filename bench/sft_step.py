@@ -45,6 +45,8 @@ def build(args) -> DriveVLM:
     model.add_lora(32, 64, 0.0, seed=0)
     model.set_trainable("lora", "projector")
     model.activation_checkpointing(args.checkpointing)
+    if args.compile_blocks:
+        model.compile_blocks()
     return model
 
 
@@ -82,6 +84,7 @@ def main(argv=None):
     parser.add_argument("--tower", type=int, nargs=4, default=[256, 10, 4, 1024],
                         metavar=("SIZE", "LAYERS", "HEADS", "INTERMEDIATE"), help="[256 10 4 1024]")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--compile_blocks", action="store_true", help="the key of this name, in both arms")
     parser.add_argument("--json", type=Path, default=Path("output/bench/sft_step.json"), help="JSON file to write")
     args = parser.parse_args(argv)
     model = build(args)

@@ -168,6 +168,18 @@ class RoomyLayer(DynamicLayer):
         self.stores.clear()
 
 
+class RoomyCache(DynamicCache):
+    """transformers' cache with room in its layers, but for those of another kind, such as a sliding window's."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+    @torch.compiler.disable  # compiled blocks (model.compile_blocks) would want another translation as it grows
+    def update(self, *args, **options):
+        return super().update(*args, **options)
+
+
 class GroupDecoder:
     """The KV cache of P prompts whose completions are decoded together, G per prompt.
 
@@ -188,9 +200,7 @@ class GroupDecoder:
         rows = list(zip(pads, prompts, strict=True))
         ids = torch.tensor([[model.pad_token_id] * n + prompt for n, prompt in rows], device=device)  # [P, L]
         self.owner = torch.tensor([[NOBODY] * n + [PREFIX] * len(prompt) for n, prompt in rows], device=device)
-        self.cache = DynamicCache(config=model.causal_lm.config)
-        # other layers, as those of a sliding window, keep transformers' own cache
-        self.cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+        self.cache = RoomyCache(model.causal_lm.config)
         hidden = model.hidden_states(model.embed(ids, visual), (self.owner == PREFIX).long(),
                                      past_key_values=self.cache, use_cache=True)[:, -1:]  # [P, 1, D]
         if not shared_prefix:

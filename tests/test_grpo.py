@@ -618,6 +618,50 @@ def test_activation_checkpointing_changes_nothing(model):
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
+def graphs_made():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_blocks_change_nothing_but_rounding(tiny):
+    """Gradients of the training pass; all blocks share one translation, and `generate` does without."""
+    model, again = build(tiny), build(tiny)
+    groups, (_, visual) = groups_of(model), prompts_of(model)
+    again.activation_checkpointing(True)
+    again.compile_blocks()
+    before = graphs_made()
+    expected = adapter_gradients(model, completion_logps(model, groups)[0].sum())
+    found = adapter_gradients(again, completion_logps(again, groups)[0].sum())
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
+    again.generate(None, [PROMPTS[0]], max_new_tokens=4, visual=visual[:1])
+    assert graphs_made() == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_compiled_blocks_sample_the_same_answers(tiny, shared_prefix):
+    model, again = build(tiny), build(tiny)
+    prompts, visual = prompts_of(model)
+    again.compile_blocks()
+    for step in range(2):
+        before, seeds = graphs_made(), seeds_of(prompts, 4, step)
+        expected, found = (completions_of(sample_groups(m, prompts, visual, seeds, [12, 7, 12],
+                                                        shared_prefix=shared_prefix)) for m in (model, again))
+        assert [ids for ids, _, _ in found] == [ids for ids, _, _ in expected]
+    assert graphs_made() == before  # the second rollout needed nothing new
+
+
+def test_compiled_blocks_need_a_compiler(tiny, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def no_compiler():
+        raise exc.InvalidCxxCompiler()
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
+    with pytest.raises(ModelError, match="compile_blocks.*install g.., or name one in the variable CXX"):
+        build(tiny).compile_blocks()
+
+
 def test_the_prompt_is_in_the_row_once(model):
     groups = groups_of(model)
     packed = pack_groups(groups, model.pad_token_id)
@@ -723,9 +767,10 @@ def test_an_impossible_token_is_never_sampled_where_rounding_decides():
     logits = torch.randn(400, 8, block, generator=generator)
     logits[..., :2] = logits[..., -2:] = -INF
     logits = logits.flatten(1)  # [400, V]
-    shares = logits.softmax(-1, dtype=torch.float64).unflatten(1, (8, block)).sum(-1).cumsum(1)  # [400, 8]
-    for border in range(7):
-        tokens = sample_tokens(logits, shares[:, border].float())
+    shares = logits.softmax(-1).double().unflatten(1, (8, block)).sum(-1).cumsum(1)  # [400, 8]
+    borders = (shares / shares[:, -1:])[:, 0].float()
+    for roundings in range(-4, 5):
+        tokens = sample_tokens(logits, borders * (1 + roundings * 2**-24))
         assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
 
 

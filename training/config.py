@@ -116,6 +116,9 @@ class TrainKeys(BaseModelKeys, DataKeys):
     per_device_batch_size: int = 1  # clips per forward pass of one process
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
     activation_checkpointing: bool = True  # recompute activations in the backward pass to save memory
+    # have torch.compile translate the decoder blocks, which takes a minute at the start. Off until a GPU has shown a
+    # gain: on a CPU there is none
+    compile_blocks: bool = False
     eval_every: int = 50  # steps between evaluations on the held-out clips (also before the first step, after the last)
     sample_every: int = 100  # steps between sample answers about three held-out clips
     sample_tokens: int = 320  # longest sample answer, in tokens
