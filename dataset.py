@@ -958,6 +958,15 @@ def decode_frames(path, num_frames: int, size: int, window: tuple[float, float] 
     return frames
 
 
+def decode_sample(path, num_frames: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """(seconds of the clip, times [K], frames uint8 [K, H, W, 3]): `clip_seconds` and `sample_clip` in a process of
+    their own, as in `decode_frames`."""
+    found, failure = in_child(lambda: (clip_seconds(path), *sample_clip(path, num_frames)[1:]), DECODE_TIMEOUT)
+    if failure:
+        raise VideoError(path, f"decoding {failure}")
+    return found
+
+
 def cached_frames(path, num_frames: int, size: int, cache_dir, must_write: bool = False) -> np.ndarray:
     """`decode_frames` through the cache in folder `cache_dir` (None: no cache). Safe under many processes and machines.
 

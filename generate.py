@@ -37,8 +37,8 @@ from dataset import (
     video_reader_problems,
 )
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
-from stage3.detect_objects import detect_clips, load_records, weights_problems
-from stage3.receipts import lines, paint, receipts
+from stage3.detect_objects import weights_problems
+from stage3.receipts import lines, look, paint, receipts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     alone, failed = len(clips) * len(modes) == 1 and config.window is None, 0
     for clip in clips:
         try:
-            record = look(config, clip) if config.detect else None
+            record = look(clip, config.detector, config.evidence_cache) if config.detect else None
             windows = stretches(clip_seconds(clip), config.window, config.stride) if config.window else [None]
             for window in windows:
                 asked = {mode: row_of(config, clip, mode, window, key) for mode in modes}
@@ -130,14 +130,6 @@ def row_of(config, clip: Path, mode: str | None, window, key: str) -> dict:
 
 def identity(row: dict) -> tuple:
     return row["video"], row["question"], row.get("begin")
-
-
-def look(config, clip: Path) -> dict:
-    """What the detector sees in a clip, from its cache or now; VideoError where it cannot read it."""
-    failed = detect_clips([clip.name], clip.parent, config.detector, config.evidence_cache)
-    if failed:
-        raise VideoError(clip, failed[clip.name].removeprefix(f"{clip}: "))
-    return load_records(config.evidence_cache, [clip.name], config.detector)[clip.name]
 
 
 @torch.no_grad()

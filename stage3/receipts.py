@@ -1,14 +1,27 @@
 """What stands behind each object that an answer names: in which frames the detector sees it, when and where.
 
-For people who ask about one clip (`generate.py --detect`); the verdicts are those that the reward goes by.
+For people who ask about one clip (`generate.py --detect`, `app.py`); the verdicts are those that the reward goes by.
 """
 
+from pathlib import Path
+
+from dataset import VideoError
+from stage3.detect_objects import detect_clips, load_records
 from stage3.evidence import clip_evidence, merge_bodies
 from stage3.grpo_reward_func import label_facts, label_mentions
 
 COLOURS = {"supported": 32, "contradicted": 31, "unsupported": 31, "unknown": 33, "negated": 36}  # of a terminal
 WORDS = {"supported": "seen", "contradicted": "not so", "unsupported": "not seen", "unknown": "cannot tell",
          "negated": "said not to be there, and not seen"}
+
+
+def look(clip: Path, settings, cache) -> dict:
+    """What the detector of these settings sees in a clip, from the folder `cache` or now, as stage3/detect_objects.py
+    writes it; VideoError where it cannot read the clip."""
+    failed = detect_clips([clip.name], clip.parent, settings, cache)
+    if failed:
+        raise VideoError(clip, failed[clip.name].removeprefix(f"{clip}: "))
+    return load_records(cache, [clip.name], settings)[clip.name]
 
 
 def receipts(text: str, record: dict, settings, seconds: float) -> list[dict]:

@@ -256,6 +256,7 @@ PROGRAMS = {  # program: (its configuration, files that read it beyond the progr
     "evaluate.py": (configs.EvaluateConfig, ["dataset.py", "evaluation/sheet.py", "evaluation/ratings.py",
                                               "evaluation/best_of.py"]),
     "export.py": (configs.ExportConfig, ["dataset.py"]),
+    "app.py": (configs.AppConfig, ["dataset.py"]),
     "generate.py": (configs.GenerateConfig, ["dataset.py"]),
     "check_dataset.py": (configs.CheckConfig, ["dataset.py"]),
     "augment_captions.py": (configs.AugmentConfig, []),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_stage1_ddp", "train_stage2", "train_stage3", "check_dataset", "augment_captions", "generate",
-           "evaluate", "export"}
+           "evaluate", "export", "app"}
 FLOORS = [  # a module imports modules of lower floors, or of its own floor where there is no circle
     {"training.common", "training.config", "training.workers", "pages.render"},  # these import no module of ours
     {"training.run_folder", "dataset"},

@@ -94,21 +94,33 @@ def sheet(text, full=True):
             "script_hash": "sha256-0"}
 
 
+def app_clip(text, full=True):
+    seen = {"present": [text], "unknown": [text]} if full else None
+    return {"name": text, "seconds": 3.8, "seen": seen, "frames": strip(text)}
+
+
+def app_answer(text, full=True):
+    return {"name": text, "text": highlight(text, [(0, 1, "unknown", text)] if full else []), "done": full,
+            "lines": [text] if full else [], "note": text}
+
+
 VALUES = {"rollouts.html": rollouts, "evaluation.html": evaluation, "check.html": check, "sheet.html": sheet}
+PARTS = {"app_clip.html": app_clip, "app_answer.html": app_answer,  # of app.py's page
+         "app_problem.html": lambda text, full=True: {"text": text}}
 
 
 def rendered(template, text, full):
     """A page without its own script, which is not made of values."""
-    page = render(template, **VALUES[template](text, full))
+    page = render(template, **(VALUES | PARTS)[template](text, full))
     return page.replace(f"<script>{SHEET_SCRIPT}</script>", "") if template == "sheet.html" else page
 
 
 def test_every_page_is_tested():
     pages = {path.name for path in PAGES.glob("*.html")}
-    assert pages == {*VALUES, "base.html", "macros.html"}
+    assert pages == {*VALUES, *PARTS, "app_head.html", "base.html", "macros.html"}
 
 
-@pytest.mark.parametrize("template", VALUES)
+@pytest.mark.parametrize("template", [*VALUES, *PARTS])
 @pytest.mark.parametrize("full", [True, False])
 def test_text_is_escaped_in_every_field(template, full):
     page = rendered(template, SCRIPT, full)

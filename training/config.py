@@ -466,6 +466,28 @@ class GenerateConfig(Config):
 
 
 @dataclass
+class AppConfig(Config):
+    """app.py"""
+
+    checkpoint: list[str] = field(default_factory=list)  # checkpoint or run folders of any stage, shown side by side
+    video_root: str = "data/videos"  # folder of the clips that can be picked
+    video_reader: Literal["auto", "decord", "pyav"] = "auto"  # what decodes them; use the one of the training
+    detect: bool = True  # let a detector look for what the answers name
+    detector: DetectorSettings = field(default_factory=DetectorSettings)  # that detector
+    evidence_cache: str = "output/evidence"  # folder of the detector's boxes, one JSON per clip
+    max_upload_mb: int = 200  # largest clip that can be sent to the page
+    port: int = 7860  # of the page, on 127.0.0.1
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # weights and autocast; auto: as fast as the machine allows
+    vision_model: str | None = None  # where the tower is now, if not where the checkpoint says
+    language_model: str | None = None  # where the language model is now, if not where the checkpoint says
+
+    def problems(self):
+        found = [] if self.checkpoint else ["--checkpoint: must be given, one or several folders"]
+        found += self.detector.problems("detector") if self.detect else []
+        return super().problems() + found + self.out_of_range(above=["max_upload_mb", "port"])
+
+
+@dataclass
 class ExportConfig(Config):
     """export.py"""
 
