@@ -16,6 +16,7 @@ removed. Every checkpoint is also asked in wordings that training never saw (uns
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -58,6 +59,7 @@ from dataset import (
 )
 from evaluation.best_of import BestOf, best_of_problems
 from evaluation.captions import add_bleu, add_caption_scores
+from evaluation.hedging import calibration_of, judge_gains, weights_id
 from evaluation.judges import agreed_truth, agreement
 from evaluation.probes import (
     affirmed,
@@ -603,6 +605,23 @@ def add_unseen(config: EvaluateConfig, folders, entries, limits, ranges, systems
     return counts
 
 
+def calibrations(config: EvaluateConfig, folders, rows_of, truth) -> dict[str, dict]:
+    """{checkpoint: {"weights", "modes"}}: how sure the objects are that its greedy answers name."""
+    found = {}
+    for name, folder in folders.items():
+        model = open_model(folder, config)
+        clips = functools.cache(lambda video, model=model: encode_clip(model, video, config))
+        judged = judge_gains(model, rows_of[name], truth, clips, config.eval_batch_size)
+        found[name] = {"weights": weights_id(folder), "modes": calibration_of(judged)}
+    return found
+
+
+@torch.no_grad()
+def encode_clip(model, video: str, config: EvaluateConfig) -> torch.Tensor:
+    """Visual tokens [N, D] of a clip."""
+    return model.encode_video(read_frames_of([video], model, config))[0]
+
+
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
     if config.clips:
@@ -647,6 +666,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         left_out |= add_twins(config, folders, entries, limits, rows_of, metrics["systems"])
     if config.unseen_wordings:
         metrics["unseen_wordings"] = add_unseen(config, folders, entries, limits, ranges, metrics["systems"])
+    if config.calibrate:
+        metrics["calibration"] = calibrations(config, folders, rows_of, truth)
     if second:
         metrics["agreed"] = score_agreed(config, list(folders), rows_of, truth, second, ranges)
     write_json(out / "metrics.json", metrics, indent=1)

@@ -5,12 +5,14 @@
     python generate.py --checkpoint output/stage3 --video a.mp4 b.mp4 clips/ --mode both --output answers.jsonl
     python generate.py --checkpoint output/stage3 --video drive.mp4 --mode copilot --window 10 --stride 5
     python generate.py --checkpoint output/stage3 --video drive.mp4 --detect true --detector.weights yolov8x.pt
+    python generate.py --checkpoint output/stage3 --video drive.mp4 --hedge 0.9
 
 On a terminal, the answer to one question about one clip is shown as it is written; of several, each stands under its
 clip. A folder stands for the clips in it. --window asks about stretches of a long drive, one after another. With
 --output, an interrupted run continues where it was. --detect lets a detector look for what the answer names: what it
-sees is green, what it does not is red, what it cannot tell yellow, and a line for each says when and where. Exit code
-1: some clips could not be read; they are named, the others are answered.
+sees is green, what it does not is red, what it cannot tell yellow, and a line for each says when and where. --hedge 0.9
+marks objects that are right with a probability below 0.9, by what evaluate.py --calibrate true measured. Exit code 1:
+some clips could not be read; they are named, the others are answered.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ from dataset import (
     find_clips,
     video_reader_problems,
 )
+from evaluation.hedging import grey_clip, mark_unsure, mention_gains, probability, weights_id
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 from stage3.detect_objects import weights_problems
 from stage3.receipts import lines, look, paint, receipts
@@ -43,12 +46,13 @@ from stage3.receipts import lines, look, paint, receipts
 
 def main(argv: list[str] | None = None) -> int:
     config = load_config(GenerateConfig, argv, description=__doc__)
-    clips, modes, key, done = check(config)
+    clips, modes, key, done, steps = check(config)
     model = DriveVLM.from_checkpoint(config.checkpoint, dtype=resolve_dtype(config.dtype),
                                      device="cuda" if torch.cuda.is_available() else "cpu",
                                      vision_model=config.vision_model, language_model=config.language_model)
     if done:
         print(f"{config.output} holds {len(done)} answers already", file=sys.stderr)
+    grey = grey_clip(model) if config.hedge else None
     alone, failed = len(clips) * len(modes) == 1 and config.window is None, 0
     for clip in clips:
         try:
@@ -59,8 +63,10 @@ def main(argv: list[str] | None = None) -> int:
                 left = {mode: row for mode, row in asked.items() if identity(row) not in done}
                 visual = encode(model, clip, window) if left else None  # [1, N, D]
                 for row in left.values():
-                    stream = alone and not config.json and not record and sys.stdout.isatty()
+                    stream = alone and not (config.json or record or config.hedge) and sys.stdout.isatty()
                     row |= answer(model, config, row, visual, stream)
+                    if config.hedge:
+                        row |= hedge(model, row, visual[0], grey, steps[row["mode"]], config.hedge)
                     if record:
                         row["receipts"] = receipts(row["text"], record, config.detector, clip_seconds(clip))
                     show(config, row, alone, stream)
@@ -70,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def check(config) -> tuple[list[Path], list[str | None], str, set]:
+def check(config) -> tuple[list[Path], list[str | None], str, set, dict]:
     """(clips, modes: None stands for an own question, what names weights and settings, identities of the rows that
-    --output holds already); ConfigError where anything is wrong."""
+    --output holds already, {mode: calibrated steps} for --hedge); ConfigError where anything is wrong."""
     problems, clips = video_reader_problems(config), []
     for name in config.video:
         found = find_clips(name) if Path(name).is_dir() else [Path(name)]
@@ -90,7 +96,9 @@ def check(config) -> tuple[list[Path], list[str | None], str, set]:
                  if mode not in (None, *MODE_TABLE)]
     if config.stride and not config.window:
         problems.append("--stride: of which --window?")
-    key, rows = "", []
+    key, rows, steps = "", [], {}
+    if config.hedge and folder:
+        steps = calibrated_steps(config, folder, modes, problems)
     if config.output and folder:
         key = settings_key(config, folder)
         rows = read_jsonl(config.output) if Path(config.output).is_file() else []
@@ -102,13 +110,32 @@ def check(config) -> tuple[list[Path], list[str | None], str, set]:
         problems += weights_problems(config.detector, "detector") + config.detector.problems("detector")
     if problems:
         fail(problems)
-    return clips, modes, key, {identity(row) for row in rows}
+    return clips, modes, key, {identity(row) for row in rows}, steps
+
+
+def calibrated_steps(config, folder: Path, modes, problems: list[str]) -> dict[str, list]:
+    """{mode: its steps} of the checkpoint in `folder`; what is wrong is added to `problems`."""
+    try:
+        systems = json.loads(Path(config.calibration).read_text(encoding="utf-8"))["calibration"]
+    except (OSError, ValueError, KeyError) as error:
+        problems.append(f"--calibration: {config.calibration} holds no calibration ({type(error).__name__}: {error}): "
+                        "run evaluate.py --calibrate true, and give its metrics.json")
+        return {}
+    weights = weights_id(folder)
+    found = next((system["modes"] for system in systems.values() if system["weights"] == weights), None)
+    if found is None:
+        problems.append(f"--calibration: {config.calibration} is of other weights ({', '.join(systems)}) than "
+                        f"{config.checkpoint}")
+        return {}
+    problems += [f"--hedge: {mode} is not calibrated in {config.calibration}: too few objects were named"
+                 for mode in modes if mode in MODE_TABLE and mode not in found]
+    return {mode: block["steps"] for mode, block in found.items()}
 
 
 def settings_key(config, folder: Path) -> str:
     """Changes with the weights and with what else an answer depends on, the question and the clip aside."""
     content = [[file_sha256(file) for file in sorted(folder.rglob("*.safetensors"))], config.max_new_tokens,
-               config.temperature, config.seed, config.dtype, config.window, config.stride, config.detect]
+               config.temperature, config.seed, config.dtype, config.window, config.stride, config.detect, config.hedge]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
@@ -154,6 +181,16 @@ def answer(model, config, row: dict, visual, stream: bool) -> dict:
             "seconds": round(time.perf_counter() - begin, 3)}
 
 
+def hedge(model, row: dict, visual, grey, steps: list, target: float) -> dict:
+    """{"mentions": the objects that an answer names, with their probabilities, "hedged": the text with marks}."""
+    [gains], mentions = mention_gains(model, [(row["question"], visual, row["text"])], grey), []
+    for mention, gain in gains:
+        chance = probability(steps, gain)
+        mentions.append({"words": row["text"][mention.start:mention.end], "start": mention.start, "end": mention.end,
+                         "what": mention.object, "gain": gain, "probability": chance, "unsure": chance < target})
+    return {"mentions": mentions, "hedged": mark_unsure(row["text"], mentions)}
+
+
 def show(config, row: dict, alone: bool, streamed: bool) -> None:
     """Print an answered row, and append it to --output."""
     if config.output:
@@ -168,9 +205,12 @@ def show(config, row: dict, alone: bool, streamed: bool) -> None:
         print(f"{row['video']}{when} | {row['mode'] or row['question']}")
     found = row.get("receipts", [])
     if not streamed:
-        print(paint(row["text"], found) if sys.stdout.isatty() else row["text"], flush=True)
+        plain = row.get("hedged", row["text"])
+        print(paint(row["text"], found) if found and sys.stdout.isatty() else plain, flush=True)
     for line in lines(found):
         print(line)
+    for mention in row.get("mentions", []):
+        print(f"  {mention['words']} ({mention['what']}): right with probability {mention['probability']:.2f}")
     if not row["ended"]:
         print(f"(cut off after {row['tokens']} tokens)", file=sys.stderr)
 

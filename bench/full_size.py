@@ -205,30 +205,35 @@ def seconds_of(function, args, repeats=5):
 
 
 def measure_decoding(args):
-    """{"seconds", "bytes"} of one decoding step of a training step's answers: the difference between a long and a short
-    rollout; bytes of weights and cache that it must read."""
+    """{"seconds", "bytes"} of one decoding step of a training step's answers; bytes of weights and cache that it must
+    read."""
     import torch
 
     from dataset import MODES, encode_prompt
-    from model import DriveVLM
-    from stage3.rollout import sample_groups
+    from model import DriveVLM, head_logits
+    from stage3.rollout import GroupDecoder, sample_tokens
 
     model = DriveVLM.from_checkpoint(args.work / "stage2", device="cuda" if args.gpu else "cpu")
     prompts = [encode_prompt(model.tokenizer, question, model.num_visual_tokens) for question in MODES.values()]
-    prompts, group, short, long = (prompts * 2, 8, 16, 80) if args.gpu else (prompts[:1], 2, 4, 12)
+    prompts, group, steps = (prompts * 2, 8, 64) if args.gpu else (prompts[:1], 2, 12)
     visual = torch.zeros(len(prompts), model.num_visual_tokens, model.head_weight.shape[1], device=model.device)
+    with torch.no_grad(), model.decoding(), model.autocast():
+        head = model.head_weight if args.gpu else model.head_weight.float()  # as in sample_groups
+        decoder = GroupDecoder(model, prompts, visual, group, shared_prefix=True)
 
-    def roll_out(tokens):
-        seeds = torch.arange(len(prompts) * group).view(-1, group).tolist()
-        sample_groups(model, prompts, visual, seeds, [tokens] * len(prompts))
+        def next_token():
+            with torch.autocast(model.device.type, enabled=False):
+                logits = head_logits(decoder.hidden.flatten(0, 1), head, 1.0, model.banned_ids)
+            tokens = sample_tokens(logits, torch.full((len(logits),), 0.5, device=logits.device))
+            decoder.append(tokens.view_as(decoder.slots))
 
-    seconds = [seconds_of(lambda n=n: roll_out(n), args, repeats=2) for n in (short, long)]
+        next_token()
+        seconds = seconds_of(lambda: [next_token() for _ in range(steps)], args, repeats=2) / steps
+        positions = decoder.owner.numel()
     config = model.causal_lm.config
     weights = sum(p.numel() * p.element_size() for p in model.llm.parameters())
-    cached = sum(map(len, prompts)) + len(prompts) * group * (short + long) / 2  # positions, on average
-    cache = cached * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    return {"seconds": (seconds[1] - seconds[0]) / (long - short), "bytes": weights + cache, "prompts": len(prompts),
-            "group": group}
+    cache = positions * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    return {"seconds": seconds, "bytes": weights + cache, "prompts": len(prompts), "group": group}
 
 
 PARTS = {

@@ -68,7 +68,7 @@ def all_tables(metrics: dict) -> list[list[list[str]]]:
         tables += [table_of_mode(metrics, mode, "content"), table_of_mode(metrics, mode, "form")]
     if metrics["differences"]:
         tables += [differences_of_mode(metrics, mode) for mode in metrics["words_in_range"]]
-    return tables + probe_tables(metrics) + twin_tables(metrics)
+    return tables + probe_tables(metrics) + twin_tables(metrics) + calibration_tables(metrics)
 
 
 def slice_tables(metrics: dict) -> list[list[list[str]]]:
@@ -128,6 +128,25 @@ def twin_tables(metrics: dict) -> list[list[list[str]]]:
                     "told", "still told", "right"))]]
                 rows.append([name, *(share_cell(twins[part], key) for part in twins
                                      for key in ("told", "still_told", "right"))])
+        tables += [rows] if rows else []
+    return tables
+
+
+def calibration_tables(metrics: dict) -> list[list[list[str]]]:
+    """Per mode: of the objects that each checkpoint names, the share that is right; and of those that are right with at
+    least 80, 90, 95% probability, the share that is kept, that is right, and of all right ones (evaluation/hedging.py).
+    None without `--calibrate`."""
+    tables = []
+    for mode in metrics["words_in_range"]:
+        rows = []
+        for name, found in metrics.get("calibration", {}).items():
+            if block := found["modes"].get(mode):
+                heads = [f"{target}: {what}" for target in block["targets"]
+                         for what in ("kept", "right", "right ones kept")]
+                rows = rows or [[f"{mode.capitalize()}, hedged", "objects", "right", *heads]]
+                shares = [found[key] for found in block["targets"].values() for key in ("kept", "right", "told")]
+                rows.append([name, str(block["mentions"]), f"{block['right']:.2f}",
+                             *("–" if share is None else f"{share:.2f}" for share in shares)])
         tables += [rows] if rows else []
     return tables
 

@@ -15,11 +15,13 @@ import torch
 
 import evaluate as program
 import evaluation.best_of
+import evaluation.hedging
 import generate
 from dataset import MODE_TABLE, MODES, Entry, encode_example, load_split, read_frames
 from evaluate import change_frames, constant_caption, evaluate, in_unseen_wordings
 from evaluation.best_of import BestOf
 from evaluation.captions import add_bleu, add_caption_scores
+from evaluation.hedging import weights_id
 from evaluation.judges import agreed_truth, agreement, kappa
 from evaluation.report import cell, differences_of_mode, marked, table
 from evaluation.scoring import (
@@ -39,7 +41,7 @@ from evaluation.scoring import (
     values_of,
     worse_than,
 )
-from model import DriveVLM
+from model import Answer, DriveVLM
 from stage3.grpo_reward_func import Evidence
 from training.common import ConfigError
 from training.config import DetectorSettings, EvaluateConfig, GenerateConfig
@@ -550,6 +552,21 @@ def test_choices_are_made_again_when_what_they_depend_on_has_changed(evidence):
     config.reward = "test_evaluate:likes_length"  # its code is another
     keys.add(BestOf(config, entries).key(entries))
     assert len(keys) == 5
+
+
+def test_calibrations_are_of_each_checkpoints_own_answers(config, folders, monkeypatch):
+    config.calibrate, config.unseen_wordings = True, False
+    monkeypatch.setattr(evaluation.hedging, "FEWEST", 1)
+    said = {"stage1": "A car ahead. A bus.", "stage2": "A car."}
+    monkeypatch.setattr(DriveVLM, "generate", lambda model, frames, questions, **options: [
+        Answer(said[f"stage{model.stage}"], [1], True) for _ in questions])
+    metrics = evaluate(config)
+    found = metrics["calibration"]
+    assert {name: (block["modes"]["copilot"]["mentions"], block["modes"]["copilot"]["right"])
+            for name, block in found.items()} == {"stage1": (6, 0.5), "stage2": (3, 1.0)}  # cars are there, buses not
+    for name, block in found.items():
+        assert block["weights"] == weights_id(folders / name / "model")
+    assert "| Copilot, hedged |" in Path(config.output_dir, "table.md").read_text()
 
 
 def test_best_of_n_is_a_row_of_its_own(config, evidence, monkeypatch):

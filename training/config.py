@@ -381,6 +381,8 @@ class EvaluateConfig(RewardKeys, DataKeys):
     probes: bool = False  # also ask two questions about each clip: one class that it shows, one that it does not
     # JSON list of twins, held-out clips with one object removed: how often is that object still named? See demo.world
     twins: str = ""
+    # also measure how sure the objects are that checkpoints name, for generate.py --hedge (evaluation/hedging.py)
+    calibrate: bool = False
     unseen_wordings: bool = True  # also ask checkpoints in wordings that training never draws (mode_accuracy_unseen)
     truth: str = ""  # file of exact truth, as the toy world writes it; without it, the judge's evidence is the truth
     # detector that judges where there is no exact truth
@@ -449,6 +451,9 @@ class GenerateConfig(Config):
     detect: bool = False  # let a detector look for what the answer names, and say when and where it sees it
     detector: DetectorSettings = field(default_factory=DetectorSettings)  # that detector
     evidence_cache: str = "output/evidence"  # folder of the detector's boxes, one JSON per clip
+    # mark the objects as unsure that are right with less than this probability, as calibrated on held-out clips
+    hedge: float | None = None
+    calibration: str = "output/evaluate/metrics.json"  # of evaluate.py --calibrate true, for --hedge
     max_new_tokens: int | None = None  # longest answer, in tokens; none: the mode's limit
     temperature: float = 0.0  # 0: greedy
     seed: int = 42  # of a sampled answer
@@ -461,6 +466,10 @@ class GenerateConfig(Config):
         found = [f"--{key}: must be given" for key in ("checkpoint", "video") if not getattr(self, key)]
         if self.detect and self.window:
             found.append("--detect looks at whole clips, so it goes without --window")
+        if self.hedge is not None and not 0 < self.hedge < 1:
+            found.append(f"--hedge must be in (0, 1), got {self.hedge}")
+        if self.hedge is not None and self.question:
+            found.append("--hedge: answers to your own questions are not calibrated; it goes with --mode")
         return super().problems() + found + self.out_of_range(
             above=["max_new_tokens", "window", "stride"], least=["temperature"])
 
