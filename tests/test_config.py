@@ -67,8 +67,8 @@ def test_none_is_understood_in_yaml_and_flags(tmp_path):
 
 
 def test_the_word_none_stays_a_word_where_a_key_has_no_none():
-    config = load_config(Stage3Config, ["--resume", "none", "--max_kl", "none"])
-    assert (config.resume, config.max_kl) == ("none", None)
+    config = load_config(Stage3Config, ["--resume", "none", "--max_kl", "none", "--advantage_scale", "none"])
+    assert (config.resume, config.max_kl, config.advantage_scale) == ("none", None, "none")
 
 
 def test_flags_may_have_dashes_underscores_equals_signs_and_nested_keys():

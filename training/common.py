@@ -293,7 +293,7 @@ def _as_tyro_spells_it(config, name, values):
     if isinstance(default, bool) and words in (["true"], ["false"]):
         return [name if words == ["true"] else f"--no_{name[2:]}"]
     field = config.__dataclass_fields__.get(name[2:])
-    if field and field.type is str:  # "--resume none" means the word
+    if field and (field.type is str or "none" in typing.get_args(field.type)):  # "--resume none" means the word
         return [name, *values]
     name = f"{name}.weights" if dataclasses.is_dataclass(default) else name
     return [*([name] if name else []), *("None" if word in ("none", "null") else value
