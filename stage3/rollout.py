@@ -548,7 +548,7 @@ def describe(config, records, totals) -> dict[str, float]:
 
 
 def log_step(run, step, total_steps, values):
-    """One step: metrics.jsonl, TensorBoard and a line."""
+    """One step: metrics.jsonl, the tracker and a line."""
 
     def show(form, key):
         return form.format(values[key]) if key in values else "-"

@@ -67,8 +67,10 @@ def test_none_is_understood_in_yaml_and_flags(tmp_path):
 
 
 def test_the_word_none_stays_a_word_where_a_key_has_no_none():
-    config = load_config(Stage3Config, ["--resume", "none", "--max_kl", "none", "--advantage_scale", "none"])
-    assert (config.resume, config.max_kl, config.advantage_scale) == ("none", None, "none")
+    flags = ["--resume", "none", "--max_kl", "none", "--report_to", "none", "--advantage_scale", "none"]
+    config = load_config(Stage3Config, flags)
+    assert (config.resume, config.max_kl) == ("none", None)
+    assert (config.report_to, config.advantage_scale) == ("none", "none")
 
 
 def test_flags_may_have_dashes_underscores_equals_signs_and_nested_keys():
@@ -116,6 +118,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
     (["--seed", "-1"], "command line: --seed must be at least 0 and below 2**63, got -1"),
     (["--split_seed", "-1"], "command line: --split_seed must be at least 0 and below 2**63, got -1"),
     (["--activation_checkpointing", "perhaps"], "'perhaps' belongs to no flag"),
+    (["--report_to", "mlflow"], "('tensorboard', 'trackio', 'wandb', 'none')"),
     (["--seed"], "Missing value for argument '--seed'"),
     (["--lr", "1e-3"], "unknown flag --lr (did you mean 'learning_rate'?)"),
     (["--config", "nowhere.yaml"], "config file nowhere.yaml not found"),

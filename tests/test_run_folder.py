@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.machinery
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import yaml
 from training import loop
 from training.common import ConfigError, TrainingError, read_jsonl
 from training.config import TrainKeys
-from training.run_folder import RunFolder, _smooth, list_files, plot_curves, sync_to_disk
+from training.run_folder import RunFolder, _smooth, list_files, plot_curves, sync_to_disk, tracker_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,9 +97,9 @@ def test_the_folder_is_locked_until_its_last_file_is_written(tmp_path, monkeypat
     with RunFolder(tmp_path) as run:
         run.start(config_in(tmp_path))
         run.log_scalars(1, {"loss": 1.0})
-        append, close = run._append, run._writer.close
+        append, close = run._append, run._tracker.finish
         monkeypatch.setattr(run, "_append", lambda *args: (locked(args[0]), append(*args)))
-        monkeypatch.setattr(run._writer, "close", lambda: (locked("TensorBoard"), close()))
+        monkeypatch.setattr(run._tracker, "finish", lambda: (locked("TensorBoard"), close()))
     assert seen == ["metrics.jsonl", "TensorBoard"]
     RunFolder(tmp_path).close()
 
@@ -435,6 +436,204 @@ def test_resume_from_a_path_may_branch_off_into_an_empty_folder_only(old_run, tm
         resume_in(old_run, last)
 
 
+# ---- trackers --------------------------------------------------------------------------------------------------------
+
+
+class FakeLibrary(types.ModuleType):
+    """wandb or trackio, as far as accelerate and we call them; `calls` holds what they were told."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="a file")
+        self.calls, self.key, self.mode = [], True, "online"
+
+    def init(self, **options):
+        self.calls.append(("init", options))
+        return self
+
+    def log(self, values, step):
+        self.calls.append(("log", step, values))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+    def setup(self):
+        return types.SimpleNamespace(settings=self)
+
+    def login(self, prompt=True, verify=True):
+        assert not prompt and not verify  # else it asks in the terminal, or waits for its server
+        return self.key
+
+    def Html(self, text, inject):  # noqa: N802 - wandb's name
+        return f"Html {text}"
+
+    def Markdown(self, text):  # noqa: N802 - trackio's name
+        return f"Markdown {text}"
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """library(name) installs a fake one."""
+
+    def install(name):
+        monkeypatch.setitem(sys.modules, name, FakeLibrary(name))
+        return sys.modules[name]
+
+    return install
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder / "runs")).Reload()
+
+
+def test_tensorboard_has_curves_texts_and_config_in_runs_and_drops_what_is_done_again(tmp_path):
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path))
+        for step in (1, 2, 3):
+            run.log_scalars(step, {"loss": 0.5, "eval_loss": 4, "reward/total": 1.0, "grad_norm": float("nan")})
+            run.log_text("answers/copilot", step, "a red\n<b>car</b>")
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path), fake_checkpoint(tmp_path, 1))
+        run.log_scalars(2, {"loss": 0.25})
+    found = events(tmp_path)
+    assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    assert sorted(found.Tags()["scalars"]) == ["eval/loss", "reward/total", "train/loss"]
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+    assert [event.step for event in found.Scalars("eval/loss")] == [1]
+    answer, text = (found.Tensors(f"{tag}/text_summary")[0].tensor_proto for tag in ("answers/copilot", "config"))
+    assert answer.string_val[0] == b"    a red\n    <b>car</b>" and b"    seed: 42\n" in text.string_val[0]
+    assert "run_id.txt" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("trackio", "Markdown     a red\n    <b>car</b>"), ("wandb", "Html <pre>a red\n&lt;b&gt;car&lt;/b&gt;</pre>")])
+def test_trackio_and_wandb_get_names_numbers_and_texts(name, text, tmp_path, library):
+    fake, folder = library(name), tmp_path / "stage 1"
+    with RunFolder(folder) as run:
+        run.start(config_in(folder, report_to=name, seed=5))
+        run.log_scalars(1, {"loss": 0.5, "eval_loss": 4.0, "reward/total": 1.0, "grad_norm": float("nan")})
+        run.log_scalars(2, {"loss": None})
+        run.log_text("answers/copilot", 2, "a red\n<b>car</b>")
+        run.draw_curves({"loss": ["loss"]})
+    (_, options), *logged = fake.calls
+    run_id = (folder / "run_id.txt").read_text().strip()
+    assert options["project"] == "drive-vlm" and options["resume"] == "allow" and options["config"]["seed"] == 5
+    assert options["name"] == run_id and re.fullmatch("stage-1-[0-9a-f]{8}", run_id)
+    assert name == "trackio" or (options["id"], options["dir"]) == (run_id, str(folder))
+    assert logged == [("log", 1, {"train/loss": 0.5, "eval/loss": 4.0, "reward/total": 1.0}),
+                      ("log", 2, {"answers/copilot": text}), ("finish",)]
+    assert names(folder) == [".lock", "config.yaml", "curves.png", "metrics.jsonl", "run_id.txt", "train.log"]
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
+
+
+def test_report_to_none_leaves_numbers_log_and_curves(tmp_path):
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path, report_to="none"))
+        run.log_scalars(1, {"loss": 0.5}, line="a line")
+        run.log_text("answers/copilot", 1, "a red car")
+        run.draw_curves({"loss": ["loss"]})
+    assert names(tmp_path) == [".lock", "config.yaml", "curves.png", "metrics.jsonl", "train.log"]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    assert "a line" in (tmp_path / "train.log").read_text()
+
+
+def test_only_rank_0_reports(tmp_path, monkeypatch, library):
+    fake = library("wandb")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fake.key = False
+    assert tracker_problems("wandb") == []  # rank 0 says it
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path, report_to="wandb"))
+        run.log_scalars(1, {"loss": 1.0})
+        run.log_text("a", 1, "x")
+    assert fake.calls == [] and names(tmp_path) == []
+
+
+def test_a_resumed_run_keeps_its_name_at_the_tracker_and_a_new_one_gets_another(tmp_path, library):
+    fake = library("wandb")
+    checkpoint, elsewhere = fake_checkpoint(tmp_path / "run", 1), tmp_path / "elsewhere"
+    for folder, resumed in ((tmp_path / "run", None), (tmp_path / "run", checkpoint), (elsewhere, checkpoint),
+                            (tmp_path / "run", None)):
+        with RunFolder(folder) as run:
+            run.start(config_in(folder, report_to="wandb"), resumed)
+    first, resumed, branch, again = (call[1]["id"] for call in fake.calls if call[0] == "init")
+    assert first == resumed and len({first, branch, again}) == 3
+
+
+def test_a_resumed_run_may_report_to_something_else(tmp_path):
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path))
+    checkpoint = fake_checkpoint(tmp_path, 10)
+    with RunFolder(tmp_path) as run:
+        assert run.find_resume(config_in(tmp_path, resume="auto", report_to="none")) == checkpoint
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+@pytest.mark.parametrize("breaks", ["start", "log", "finish"])
+def test_a_tracker_that_fails_is_one_warning(name, breaks, tmp_path, library, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("the service\nis down")
+
+    if name == "tensorboard":
+        from accelerate.tracking import TensorBoardTracker
+        monkeypatch.setattr(TensorBoardTracker, breaks, broken)
+    else:
+        setattr(library(name), {"start": "init"}.get(breaks, breaks), broken)
+    with RunFolder(tmp_path) as run:
+        run.start(config_in(tmp_path, report_to=name))
+        for step in (1, 2, 3):
+            run.log_scalars(step, {"loss": 1.0}, line="a line")
+            run.log_text("a", step, "b")
+        assert (run._tracker is None) == (breaks == "start")
+    out, err = capsys.readouterr()
+    what = f"write {tmp_path / 'runs'}" if name == "tensorboard" else f"report to {name}"
+    assert err == f"warning: cannot {what}: RuntimeError: the service is down; the run goes on without it\n"
+    assert out.count("a line") == 3 and len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_library_that_is_not_installed_is_among_all_problems_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "AutoTokenizer", None)
+    for name, other in (("wandb", "tensorboard"), ("trackio", "tensorboard"), ("tensorboard", "none")):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+        config = config_in(tmp_path, report_to=name, data=str(tmp_path / "no.json"), video_root=str(tmp_path))
+        with pytest.raises(ConfigError) as caught:
+            loop.load_inputs(config, stage=1)
+        said = str(caught.value)
+        assert f"  - report_to: {name} is not installed: pip install {name}, or report_to: {other}\n" in said
+        assert "no.json" in said
+    assert tracker_problems("none") == []
+
+
+def test_a_folder_that_wandb_left_behind_is_not_the_library(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert "wandb is not installed" in tracker_problems("wandb")[0]
+
+
+def test_wandb_asks_for_nothing(library, monkeypatch):
+    fake = library("wandb")
+    assert tracker_problems("wandb") == []
+    fake.key = False
+    assert tracker_problems("wandb") == [
+        "report_to: wandb has no key: wandb login, or WANDB_MODE=offline, or report_to: tensorboard"]
+    monkeypatch.setattr(fake, "login", lambda anonymous=None: True, raising=False)
+    fake.__version__ = "0.20"
+    assert tracker_problems("wandb") == [
+        "report_to: wandb 0.20 cannot say whether it has a key: pip install -U wandb, or WANDB_MODE=offline"]
+
+    def short(prompt, verify):
+        raise ValueError("a key has 40 characters")
+
+    monkeypatch.setattr(fake, "login", short)
+    assert tracker_problems("wandb") == ["report_to: wandb cannot be used: ValueError: a key has 40 characters"]
+    for fake.mode in ("offline", "disabled"):
+        assert tracker_problems("wandb") == []
+
+
 # ---- disks that are full ---------------------------------------------------------------------------------------------
 
 
@@ -513,14 +712,14 @@ def test_logs_that_cannot_be_written_are_a_warning_each(tmp_path, monkeypatch, c
     full_open(monkeypatch, "train.log")
     with RunFolder(tmp_path) as run:
         run.start(config_in(tmp_path))
-        monkeypatch.setattr(run._writer, "add_scalar", full)
-        monkeypatch.setattr(run._writer, "add_text", full)
-        monkeypatch.setattr(run._writer, "flush", full)
+        monkeypatch.setattr(run._tracker.writer, "add_scalar", full)
+        monkeypatch.setattr(run._tracker.writer, "add_text", full)
+        monkeypatch.setattr(run._tracker.writer, "flush", full)
         for step in (1, 2, 3):
             run.log_scalars(step, {"loss": 1.0}, line="a line")
             run.log_text("a", step, "b")
             run.draw_curves({"loss": ["loss"]})
-        monkeypatch.setattr(run._writer, "close", full)
+        monkeypatch.setattr(run._tracker.writer, "close", full)
     out, err = capsys.readouterr()
     assert out.count("a line") == 3 and len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
     assert sorted(err.splitlines()) == [

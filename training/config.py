@@ -124,6 +124,8 @@ class TrainKeys(BaseModelKeys, DataKeys):
     sample_tokens: int = 320  # longest sample answer, in tokens
     save_every: int = 100  # steps between checkpoints (also after the last step)
     keep_checkpoints: int = 2  # number of newest checkpoints that are kept
+    # where curves and sample answers go beside metrics.jsonl; trackio and wandb are not installed with the rest
+    report_to: Literal["tensorboard", "trackio", "wandb", "none"] = "tensorboard"
     max_failed_share: float = 0.01  # stop once more than this share of the clips could not be read
 
     def problems(self):

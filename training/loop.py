@@ -54,7 +54,7 @@ from training.common import (
     stable_seed,
     write_json,
 )
-from training.run_folder import checkpoint_problems, checkpoint_step, writing
+from training.run_folder import checkpoint_problems, checkpoint_step, tracker_problems, writing
 
 PANELS = {  # curves.png of stages 1 and 2
     "loss": ["loss", "eval_loss", *(f"eval_loss_{mode}" for mode in MODES)],
@@ -73,7 +73,7 @@ def load_inputs(config, stage: int, modes=(), min_modes=1, problems=()):
     `modes` must all occur in the data, and at least `min_modes` modes of any kind. `stage` (1, 2 or 3) decides what
     `init_from` must hold. `problems` are those that the caller has found itself.
     """
-    problems = [*problems, *video_reader_problems(config)]
+    problems = [*problems, *video_reader_problems(config), *tracker_problems(config.report_to)]
     problems += [problem for key in ("vision_model", "language_model")
                  if (problem := base_model_problem(key, getattr(config, key)))]
     problems += _init_from_problems(config, stage)
@@ -435,7 +435,7 @@ def start_worker(_):
 
 
 def log_step(run, step, total_steps, values: dict):
-    """One step of stage 1 or 2: metrics.jsonl, TensorBoard and a line."""
+    """One step of stage 1 or 2: metrics.jsonl, the tracker and a line."""
     v = values
     run.log_scalars(step, values, line=(
         f"step {step:>{len(str(total_steps))}}/{total_steps} | loss {v['loss']:7.4f} | lr {v['learning_rate']:.1e} | "
@@ -444,7 +444,7 @@ def log_step(run, step, total_steps, values: dict):
 
 
 def log_losses(run, step, losses: dict):
-    """Losses on the held-out clips: metrics.jsonl, TensorBoard and a line."""
+    """Losses on the held-out clips: metrics.jsonl, the tracker and a line."""
     shown = ", ".join(f"{key.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for key, value in losses.items())
     run.log_scalars(step, losses, line=f"held-out after step {step} | {shown}")
 

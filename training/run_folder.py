@@ -2,6 +2,8 @@
 
     config.yaml  train.log  metrics.jsonl  curves.png  runs/ (TensorBoard)  checkpoints/step-000010/  model/
 
+With `report_to: trackio` or `wandb` there is no runs/, but run_id.txt, the run's name there; and wandb's own folder.
+
 A checkpoint is model/ (a checkpoint folder), optimizer.pt and run.json: order of clips, learning rate and dropout are
 functions of (seed, step, rank), so there is no other state. run.json also lists size and hash of every other file, and
 a checkpoint is compared with that list before a run continues from it.
@@ -10,6 +12,9 @@ a checkpoint is compared with that list before a run continues from it.
 import contextlib
 import dataclasses
 import errno
+import html
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -19,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from training.common import (
@@ -50,7 +56,8 @@ class RunFolder:
         self.checkpoints, self.model_folder = self.folder / "checkpoints", self.folder / "model"
         self.main = process_rank()[0] == 0
         self._row, self._damaged, self._warned = {}, [], set()
-        self._writer = self._log = self._thread_hook = None
+        self._tracker = self._log = self._thread_hook = None
+        self._report_to = "none"
         if self.main:
             self._take_lock()
 
@@ -84,7 +91,6 @@ class RunFolder:
         if not self.main:
             return
         from omegaconf import OmegaConf
-        from torch.utils.tensorboard import SummaryWriter
 
         resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -102,10 +108,30 @@ class RunFolder:
                     write_text(self.folder / name, "".join(lines))
         with self._may_fail("train.log"):
             self._log = open(self.folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._start_tracker(config, checkpoint, step + 1)
+        if self._report_to == "tensorboard":  # the others have a place of their own for it
+            self.log_text("config", max(step, 0), resolved)
+
+    def _start_tracker(self, config, checkpoint, first_step):
+        """Start what `report_to` names; where that fails, the run goes on without it."""
+        self._report_to = config.report_to
+        if config.report_to == "none":
+            return
         self._thread_hook, threading.excepthook = threading.excepthook, self._quiet_writer
-        with self._may_fail("runs"):
-            self._writer = SummaryWriter(str(self.folder / "runs"), purge_step=step + 1)
-        self.log_text("config", max(step, 0), resolved)
+        run_id = None if config.report_to == "tensorboard" else self._run_id(checkpoint)
+        with self._tracking():
+            tracker = make_tracker(config, self.folder, run_id, first_step)
+            tracker.start()
+            self._tracker = tracker
+
+    def _run_id(self, checkpoint):
+        """The run's name for trackio and wandb. A resumed run goes on under the name that it began with."""
+        path = self.folder / "run_id.txt"
+        if checkpoint is None or not path.is_file():
+            name = re.sub("[^A-Za-z0-9_-]", "-", self.folder.resolve().name)[:40]
+            with writing(path):
+                write_text(path, f"{name}-{uuid.uuid4().hex[:8]}\n")  # other users have an output/stage1 too
+        return path.read_text(encoding="utf-8").strip()
 
     @contextlib.contextmanager
     def _may_fail(self, name):
@@ -113,11 +139,23 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            if name not in self._warned:
-                self._warned.add(name)
-                with contextlib.suppress(OSError):  # standard error may be on the same full disk
-                    print(f"warning: cannot write {self.folder / name}: {write_failure(error)}; the run goes on "
-                          "without it", file=sys.stderr, flush=True)
+            self._warn_once(f"write {self.folder / name}", error)
+
+    @contextlib.contextmanager
+    def _tracking(self):
+        """Around calls of the tracker: whatever it raises (it may be a service that is down) becomes one warning."""
+        try:
+            yield
+        except Exception as error:
+            self._warn_once(f"write {self.folder / 'runs'}" if self._report_to == "tensorboard" else
+                            f"report to {self._report_to}", error)
+
+    def _warn_once(self, what, error):
+        if what not in self._warned:
+            self._warned.add(what)
+            reason = " ".join((write_failure(error) or f"{type(error).__name__}: {error}").split())
+            with contextlib.suppress(OSError):  # standard error may be on the same full disk
+                print(f"warning: cannot {what}: {reason}; the run goes on without it", file=sys.stderr, flush=True)
 
     def _quiet_writer(self, error):
         """TensorBoard writes in a thread of its own, and raises the error in ours as well: no traceback for that."""
@@ -136,9 +174,9 @@ class RunFolder:
                 self._log.flush()
 
     def log_scalars(self, step: int, values: dict, line: str | None = None):
-        """Numbers of one step for metrics.jsonl and TensorBoard, and a `line` for the console.
+        """Numbers of one step for metrics.jsonl and the tracker, and a `line` for the console.
 
-        Several calls for one step make one row of metrics.jsonl. TensorBoard's tags: 'eval_x' -> eval/x, 'a/b' as it
+        Several calls for one step make one row of metrics.jsonl. The tracker's names: 'eval_x' -> eval/x, 'a/b' as it
         is, any other -> train/x. None and numbers that are not finite become null.
         """
         if not self.main:
@@ -146,21 +184,24 @@ class RunFolder:
         if self._row.get("step") != step:
             self.flush()
             self._row = {"step": step}
+        tracked = {}
         for key, value in values.items():
             finite = value is not None and math.isfinite(value)
             self._row[key] = value if finite else None
             tag = key if "/" in key else f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
-            if finite and self._writer is not None:
-                with self._may_fail("runs"):
-                    self._writer.add_scalar(tag, value, step)
+            if finite:
+                tracked[tag] = value
+        if tracked and self._tracker is not None:
+            with self._tracking():
+                self._tracker.log(tracked, step=step)
         if line:
             self.print(line)
 
     def log_text(self, tag: str, step: int, text: str):
-        """A text for TensorBoard."""
-        if self._writer is not None:
-            with self._may_fail("runs"):
-                self._writer.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+        """A text for the tracker."""
+        if self._tracker is not None:
+            with self._tracking():
+                self._tracker.log({tag: tracker_text(self._report_to, text)}, step=step)
 
     def log_rollouts(self, records: list[dict]):
         """Append stage 3's sampled answers to rollouts.jsonl."""
@@ -178,9 +219,6 @@ class RunFolder:
             return
         row, self._row = self._row, {}  # forgotten first: a row that cannot be written is not tried again
         self._append("metrics.jsonl", [row])
-        if self._writer is not None:
-            with self._may_fail("runs"):
-                self._writer.flush()
 
     def draw_curves(self, panels):
         """Draw curves.png from metrics.jsonl; see plot_curves."""
@@ -314,15 +352,15 @@ class RunFolder:
         """Close the logs and release the folder."""
         if not self.main:
             return
-        with self._may_fail("runs"):
-            if self._writer is not None:
-                self._writer.close()
+        with self._tracking():
+            if self._tracker is not None:
+                self._tracker.finish()
         with self._may_fail("train.log"):
             if self._log is not None:
                 self._log.close()
         if self._thread_hook is not None:
             threading.excepthook, self._thread_hook = self._thread_hook, None
-        self._writer = self._log = None
+        self._tracker = self._log = None
         self._lock.release()  # last: until here another run must not touch the files
 
     def __enter__(self):
@@ -358,6 +396,69 @@ def writing(path):
 
 def now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+# ---- trackers: what `report_to` names --------------------------------------------------------------------------------
+
+PROJECT = "drive-vlm"  # what trackio and wandb list the runs under
+
+
+def tracker_problems(report_to: str) -> list[str]:
+    """What keeps a tracker from starting: a library that is not installed, a login that it would ask for."""
+    if report_to == "none":
+        return []
+    other = "none" if report_to == "tensorboard" else "tensorboard"
+    spec = importlib.util.find_spec(report_to)
+    if spec is None or spec.origin is None:  # without origin: a folder of that name, such as wandb leaves behind
+        return [f"report_to: {report_to} is not installed: pip install {report_to}, or report_to: {other}"]
+    return _login_problems() if report_to == "wandb" and process_rank()[0] == 0 else []
+
+
+def _login_problems():
+    """wandb.init would ask for a key in the terminal, and the run would wait there."""
+    try:
+        import wandb
+
+        if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+            return []
+        if "prompt" not in inspect.signature(wandb.login).parameters:
+            return [f"report_to: wandb {wandb.__version__} cannot say whether it has a key: pip install -U wandb, "
+                    "or WANDB_MODE=offline"]
+        has_key = wandb.login(prompt=False, verify=False)
+    except Exception as error:  # an installation that is broken, a key that cannot be one
+        return [f"report_to: wandb cannot be used: {type(error).__name__}: {error}"]
+    return [] if has_key else [
+        "report_to: wandb has no key: wandb login, or WANDB_MODE=offline, or report_to: tensorboard"]
+
+
+def make_tracker(config, folder, run_id, first_step):
+    """accelerate's tracker, not started yet. TensorBoard drops what it has of `first_step` and later.
+
+    The others cannot: of the steps that a resumed run repeats, wandb keeps the first numbers, trackio both.
+    """
+    from accelerate import PartialState, tracking
+
+    PartialState()  # the trackers need it; it is there already wherever there is an Accelerator
+    if config.report_to == "tensorboard":  # it writes to `logging_dir`/`run_name`
+        return tracking.TensorBoardTracker("runs", logging_dir=str(folder), purge_step=first_step)
+    options = {"name": run_id, "resume": "allow", "config": dataclasses.asdict(config)}
+    if config.report_to == "trackio":
+        return tracking.TrackioTracker(PROJECT, **options)
+    return tracking.WandBTracker(PROJECT, id=run_id, dir=str(folder), **options)
+
+
+def tracker_text(report_to: str, text: str):
+    """A text as the tracker shows it, character by character: it may hold what looks like markup."""
+    if report_to == "wandb":
+        import wandb
+
+        return wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+    block = "    " + text.replace("\n", "\n    ")  # Markdown's code block
+    if report_to == "trackio":
+        import trackio
+
+        return trackio.Markdown(block)
+    return block
 
 
 # ---- checkpoints on disk ---------------------------------------------------------------------------------------------
@@ -444,6 +545,8 @@ def sync_to_disk(folder, subfolders=True):
 # values would be ignored (pooling, LoRA's) or would fit the weights by chance only (base models, frames).
 FIXED_KEYS = ("vision_model", "language_model", "num_frames", "pooling", "lora_r", "lora_alpha", "lora_dropout")
 
+FREE_KEYS = ("resume", "output_dir", "report_to")  # change nothing in the result, so a resumed run may change them
+
 
 def is_fixed(key: str, old, new) -> bool:
     """True if a checkpoint cannot be continued with this change. A base model may have moved."""
@@ -453,7 +556,7 @@ def is_fixed(key: str, old, new) -> bool:
 
 
 def config_differences(config, folder) -> dict[str, tuple]:
-    """{key: (old, new)} of the values that differ from `folder`/config.yaml, except resume and output_dir."""
+    """{key: (old, new)} of the values that differ from `folder`/config.yaml, except FREE_KEYS."""
     from omegaconf import OmegaConf
 
     path = Path(folder) / "config.yaml"
@@ -462,7 +565,7 @@ def config_differences(config, folder) -> dict[str, tuple]:
     old = _dotted(OmegaConf.to_container(OmegaConf.load(path)))
     new = _dotted(dataclasses.asdict(config))
     pairs = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in {**new, **old}}
-    return {key: pair for key, pair in pairs.items() if key not in ("resume", "output_dir") and pair[0] != pair[1]}
+    return {key: pair for key, pair in pairs.items() if key not in FREE_KEYS and pair[0] != pair[1]}
 
 
 def _dotted(tree: dict, prefix="") -> dict[str, object]:
