@@ -119,10 +119,9 @@ def check_on_halves(judged: list[Judged], targets=TARGETS) -> dict[str, dict[str
     """{target: {"kept", "right", "told"}}: of the mentions, the share whose probability reaches the target; of these,
     the share that is right; of all right ones, the share that is kept. Each half of the clips is judged by steps that
     were calibrated on the other half."""
-    number = {clip: i for i, clip in enumerate(sorted({one.clip for one in judged}))}
-    halves = [], []
+    clips, halves = sorted({one.clip for one in judged}), ([], [])
     for one in judged:
-        halves[number[one.clip] % 2].append(one)
+        halves[clips.index(one.clip) % 2].append(one)
     found = {}
     for target in targets:
         kept = []
