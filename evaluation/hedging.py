@@ -30,11 +30,13 @@ TARGETS = (0.8, 0.9, 0.95)  # of the report's table
 
 @dataclass(frozen=True)
 class Judged:
-    """One mention of a clip's answer: its gain in nats, and whether it is right."""
+    """One mention of a clip's answer: its gain in nats, whether it is right, and whether captions invent its class in
+    such a clip (`Truth.traps`)."""
 
     clip: str
     gain: float
     right: bool
+    trap: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,9 +118,10 @@ def probability(steps: list[list[float]], gain: float) -> float:
 
 
 def check_on_halves(judged: list[Judged], targets=TARGETS) -> dict[str, dict[str, float]]:
-    """{target: {"kept", "right", "told"}}: of the mentions, the share whose probability reaches the target; of these,
-    the share that is right; of all right ones, the share that is kept. Each half of the clips is judged by steps that
-    were calibrated on the other half."""
+    """{target: {"kept", "right", "told", "traps_told"}}: of the mentions, the share whose probability reaches the
+    target; of these, the share that is right; of all right ones, the share that is kept, and the same of the right ones
+    that captions often invent (None where none is known). Each half of the clips is judged by steps that were
+    calibrated on the other half."""
     clips, halves = sorted({one.clip for one in judged}), ([], [])
     for one in judged:
         halves[clips.index(one.clip) % 2].append(one)
@@ -128,9 +131,10 @@ def check_on_halves(judged: list[Judged], targets=TARGETS) -> dict[str, dict[str
         for own, other in (halves, halves[::-1]):
             steps = calibrate(other)
             kept += [one for one in own if steps and probability(steps, one.gain) >= target]
-        right = sum(one.right for one in kept)
-        found[str(target)] = {"kept": len(kept) / len(judged), "right": right / len(kept) if kept else None,
-                              "told": right / max(1, sum(one.right for one in judged))}
+        shares = {"kept": (len(kept), len(judged)), "right": (sum(one.right for one in kept), len(kept))}
+        for name, traps in (("told", (False, True)), ("traps_told", (True,))):
+            shares[name] = tuple(sum(one.right and one.trap in traps for one in ones) for ones in (kept, judged))
+        found[str(target)] = {name: part / of if of else None for name, (part, of) in shares.items()}
     return found
 
 
@@ -151,10 +155,13 @@ def judge_gains(model, rows: list[dict], truth, visual_of, size: int) -> dict[st
         batch = rows[start:start + size]
         gains = mention_gains(model, [(row["question"], visual_of(row["video"]), row["text"]) for row in batch], grey)
         for row, mentions in zip(batch, gains, strict=True):
+            known = truth[row["video"]]
+            traps = {name for _, name, _ in known.traps}
             for mention, gain in mentions:
-                verdict = truth[row["video"]].verdict(mention.object)
+                verdict = known.verdict(mention.object)
                 if verdict != "unknown":
-                    judged[row["mode"]].append(Judged(row["video"], gain, verdict == "supported"))
+                    judged[row["mode"]].append(
+                        Judged(row["video"], gain, verdict == "supported", mention.object in traps))
     return judged
 
 

@@ -99,6 +99,16 @@ def test_gains_that_tell_are_found_and_the_promise_holds_on_the_other_half():
     assert check_on_halves(useless)["0.95"]["kept"] < 0.1  # nothing is promised where nothing is known
 
 
+def test_what_captions_often_invent_is_counted_by_itself():
+    """High gains are right, low ones half; of the low right ones, some are traps."""
+    judged = []
+    for clip in range(80):
+        judged += [Judged(f"{clip:02}", 5.0, True), Judged(f"{clip:02}", 1.0, clip % 4 < 2, trap=clip % 4 < 2)]
+    found = check_on_halves(judged)["0.9"]
+    assert found == {"kept": 0.5, "right": 1.0, "told": 80 / 120, "traps_told": 0.0}
+    assert check_on_halves([Judged(str(n), 1.0, True) for n in range(9)])["0.8"]["traps_told"] is None
+
+
 def test_each_half_is_judged_by_the_other():
     """Gains that mean the opposite in the other half must not look good."""
     judged = []
@@ -110,22 +120,24 @@ def test_each_half_is_judged_by_the_other():
 
 def test_only_what_the_truth_can_judge_is_counted(model):
     rows = [{"video": clip, "mode": "copilot", "question": MODES["copilot"], "text": TEXT} for clip in ("a", "b", "c")]
-    truth = {"a": Truth(frozenset({"person", "car"}), frozenset()), "b": Truth(frozenset({"person"}), frozenset(
+    truth = {"a": Truth(frozenset({"person", "car"}), frozenset(), traps=(("red light", "person", True),)), "b": Truth(frozenset({"person"}), frozenset(
         ), unknown=frozenset({"car"})), "c": Truth(frozenset(), frozenset())}
     judged = judge_gains(model, rows, truth, lambda clip: visual_of(model, ord(clip)), size=2)
     assert [(one.clip, one.right) for one in judged["copilot"]] == [
         ("a", True), ("a", True), ("b", True), ("c", False), ("c", False)]
+    assert [one.trap for one in judged["copilot"]] == [True, False, False, False, False]
     assert calibration_of(judged) == {}  # too few
     many = calibration_of({"copilot": judged["copilot"] * FEWEST})["copilot"]
     assert many["mentions"] == 5 * FEWEST and many["right"] == 0.6 and set(many["targets"]) == {"0.8", "0.9", "0.95"}
 
 
 def test_the_table_says_what_each_promise_is_worth():
-    block = {"mentions": 40, "right": 0.75, "targets": {"0.9": {"kept": 0.7, "right": None, "told": 0.5}}}
+    shares = {"kept": 0.7, "right": None, "told": 0.5, "traps_told": 0.25}
+    block = {"mentions": 40, "right": 0.75, "targets": {"0.9": shares}}
     metrics = {"words_in_range": {"copilot": [1, 2]}, "calibration": {"s2": {"modes": {"copilot": block}}}}
     assert calibration_tables(metrics) == [[
-        ["Copilot, hedged", "objects", "right", "0.9: kept", "0.9: right", "0.9: right ones kept"],
-        ["s2", "40", "0.75", "0.70", "–", "0.50"]]]
+        ["Copilot, hedged", "objects", "right", "0.9: kept", "0.9: right", "0.9: right ones kept",
+         "0.9: companions there kept"], ["s2", "40", "0.75", "0.70", "–", "0.50", "0.25"]]]
     assert calibration_tables({"words_in_range": {"copilot": [1, 2]}}) == []
 
 
