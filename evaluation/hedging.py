@@ -131,11 +131,16 @@ def check_on_halves(judged: list[Judged], targets=TARGETS) -> dict[str, dict[str
         for own, other in (halves, halves[::-1]):
             steps = calibrate(other)
             kept += [one for one in own if steps and probability(steps, one.gain) >= target]
-        shares = {"kept": (len(kept), len(judged)), "right": (sum(one.right for one in kept), len(kept))}
-        for name, traps in (("told", (False, True)), ("traps_told", (True,))):
-            shares[name] = tuple(sum(one.right and one.trap in traps for one in ones) for ones in (kept, judged))
+        (right, traps), (kept_right, kept_traps) = count_right(judged), count_right(kept)
+        shares = {"kept": (len(kept), len(judged)), "right": (kept_right, len(kept)), "told": (kept_right, right),
+                  "traps_told": (kept_traps, traps)}
         found[str(target)] = {name: part / of if of else None for name, (part, of) in shares.items()}
     return found
+
+
+def count_right(judged: list[Judged]) -> tuple[int, int]:
+    """(right ones, those of them that captions often invent)."""
+    return sum(one.right for one in judged), sum(one.right and one.trap for one in judged)
 
 
 def calibration_of(judged: dict[str, list[Judged]]) -> dict[str, dict]:

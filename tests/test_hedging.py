@@ -120,8 +120,9 @@ def test_each_half_is_judged_by_the_other():
 
 def test_only_what_the_truth_can_judge_is_counted(model):
     rows = [{"video": clip, "mode": "copilot", "question": MODES["copilot"], "text": TEXT} for clip in ("a", "b", "c")]
-    truth = {"a": Truth(frozenset({"person", "car"}), frozenset(), traps=(("red light", "person", True),)), "b": Truth(frozenset({"person"}), frozenset(
-        ), unknown=frozenset({"car"})), "c": Truth(frozenset(), frozenset())}
+    none = frozenset()
+    truth = {"a": Truth(frozenset({"person", "car"}), none, traps=(("red light", "person", True),)),
+             "b": Truth(frozenset({"person"}), none, unknown=frozenset({"car"})), "c": Truth(none, none)}
     judged = judge_gains(model, rows, truth, lambda clip: visual_of(model, ord(clip)), size=2)
     assert [(one.clip, one.right) for one in judged["copilot"]] == [
         ("a", True), ("a", True), ("b", True), ("c", False), ("c", False)]
