@@ -85,7 +85,7 @@ CODES = {  # what a code means, and what to do
     "same_caption": f"Over {SAME_SHORT_TEXTS:.0%} of the held-out entries have the short caption of a training clip.",
     "caption_length": "Unusual for the mode. Fine if intended; otherwise check that the modes are not mixed up.",
     "caption_cut": "Longer than max_text_tokens: cut at the end of a sentence; the end token is kept.",
-    "duplicate_clip": "Two files on one side of the split hold the same clip.",
+    "duplicate_clip": "Two files (or folders of images) on one side of the split hold the same clip.",
     "similar_clip": "Held out and trained-on clips of one name that look alike: perhaps one clip, encoded twice.",
     "short_video": "The clip has fewer frames than num_frames, so some are repeated.",
     "small_video": "Clips with a side under small_side: distant objects cannot be seen.",
@@ -348,13 +348,14 @@ def check_clip_leaks(clips: dict[str, list[Row]], facts: dict, config, found: Fi
         for clip in others:
             same_content[clip] = first
             row, first_row = clips[clip][0], clips[first][0]
-            message = f"{row.side}; the same file as {first} ({first_row.where}), which is {first_row.side}"
+            kind = "file" if facts[clip]["is_file"] else "images"
+            message = f"{row.side}; the same {kind} as {first} ({first_row.where}), which is {first_row.side}"
             level, code = ("warning", "duplicate_clip") if row.side == first_row.side else ("error", "split_leak")
             found.add(level, code, f"{clip} ({row.where})", message, clips[clip])
     same_name = defaultdict(list)
     for clip in facts:
         if clip not in same_content:
-            same_name[PurePosixPath(clip).stem.lower()].append(clip)
+            same_name[PurePosixPath(dataset.video_stem(clip)).name.lower()].append(clip)
     for first, *others in same_name.values():
         for clip in others:
             row, first_row = clips[clip][0], clips[first][0]
@@ -364,14 +365,17 @@ def check_clip_leaks(clips: dict[str, list[Row]], facts: dict, config, found: Fi
 
 
 def find_copies(clips: dict[str, list[Row]], facts: dict, config) -> list[list[str]]:
-    """Groups of clips whose files hold the same bytes. Whole files are read only where sizes and beginnings agree."""
+    """Groups of clips whose files hold the same bytes. Whole files are read only where sizes and beginnings agree.
+
+    Of a folder of images, these are the bytes of its images in their order, whatever names and times they have.
+    """
     likely, same = defaultdict(list), defaultdict(list)
     for clip in facts:
         likely[facts[clip]["content"]].append(clip)
     for content, group in likely.items():
         for clip in group if len(group) > 1 else ():
             path = dataset.resolve_video(config.video_root, clips[clip][0].entries[0].video)
-            same[content, file_sha256(path)].append(clip)
+            same[content, *map(file_sha256, dataset.media_files(path))].append(clip)
     return list(same.values())
 
 
@@ -597,9 +601,9 @@ def check_clips(clips: dict[str, list[Row]], inputs: Inputs, config, found: Find
 
 def check_clip(path: Path, config, image_size: int | None) -> dict:
     """Decode one clip. Returns its facts, or {"code", "reason"}."""
-    if not os.path.isfile(path):
-        exists = os.path.exists(path)
-        return {"code": "missing_video", "reason": f"not a file: {path}" if exists else f"no file {path}"}
+    if not dataset.is_clip(path):
+        reason = f"neither a file nor a folder of images: {path}" if os.path.exists(path) else f"no file {path}"
+        return {"code": "missing_video", "reason": reason}
     try:
         with dataset.Clip(path) as clip:
             width, height = clip.size
@@ -610,8 +614,10 @@ def check_clip(path: Path, config, image_size: int | None) -> dict:
             for start in range(0, len(indices), 128):  # in parts: bounds the memory of long clips
                 clip.frames(indices[start : start + 128])
         cache_problem = fill_cache(path, config, image_size) if config.build_cache else None
-        with open(path, "rb") as file:
+        files = dataset.media_files(path)
+        with open(files[0], "rb") as file:
             head = file.read(1 << 20)
+        size = sum(file.stat().st_size for file in files)
     except (VideoError, OSError) as error:
         return {"code": "corrupt_video", "reason": getattr(error, "reason", str(error))}
     gaps = np.diff(starts)
@@ -620,7 +626,7 @@ def check_clip(path: Path, config, image_size: int | None) -> dict:
         "width": width, "height": height, "frames": len(starts), "seconds": float(starts[-1]) + step,
         "fps": 1 / step if step > 0 else 0.0, "longest_gap": float(gaps.max()) / step if step > 0 else 1.0,
         "cache_problem": cache_problem,
-        "content": (path.stat().st_size, hashlib.sha256(head).hexdigest()),
+        "is_file": path.is_file(), "content": (len(files), size, hashlib.sha256(head).hexdigest()),
         "thumbnails": samples.reshape(3, 8, 12, 8, 12).mean((2, 4)),  # first, middle and last frame in grey
     }
 

@@ -20,16 +20,21 @@ import posixpath
 import random
 import re
 import stat
+import struct
 import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
 from jinja2 import TemplateError
+from PIL import ImageOps, UnidentifiedImageError
+from PIL.Image import DecompressionBombError, Resampling
+from PIL.Image import open as open_image  # ultralytics replaces Image.open by one that installs packages
 from torch.utils.data import Dataset
 
 from training.common import DriveVLMError, replacing, stable_seed
@@ -40,9 +45,13 @@ IGNORE_INDEX = -100
 PREFIX, NOBODY = -2, -1  # owners of a position in a row of several texts behind one clip; text k is owned by k
 MIN_FRAME_SIZE = 56  # decord's scaler returns broken frames below this
 BROKEN_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what a wrong decoding leaves behind
+ORIENTATION = 0x0112  # the EXIF tag that says how an image is turned
 GREY = 128  # value of blank frames: near 0 once normalised
 DECODE_TIMEOUT = 120.0  # seconds after which the decoding of a clip is stopped
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}  # files of a folder that are taken for clips
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}  # files of a folder that are taken for the frames of one clip
+IMAGE_FPS = 10.0  # images a second of a folder that holds neither times.txt nor fps.txt
+IMAGE_TIMES = ("times.txt", "fps.txt")  # what says when the images of a folder were taken; the first counts
 VFR_RATIO = 1.5  # longest over median frame interval, above which a clip counts as variable frame rate
 
 
@@ -317,8 +326,9 @@ def _entry(video: str, mode: str, question: str, captions, key: str) -> Entry:
 
 
 def video_stem(video: str) -> str:
-    """The video's path without its suffix."""
-    return posixpath.splitext(posixpath.normpath(video))[0]
+    """The video's path without its suffix. A folder of images has none: 2024.01.05 and 2024.01.06 are two clips."""
+    stem, suffix = posixpath.splitext(posixpath.normpath(video))
+    return stem if suffix.lower() in VIDEO_SUFFIXES else stem + suffix
 
 
 def clean_text(text: str, what: str) -> str:
@@ -422,8 +432,8 @@ def clip_key(video: str, video_root=None) -> str:
 
 
 def resolve_video(video_root, video: str) -> Path:
-    """The clip's real path; raises RowError where it leads, by text or by link, out of the root (`path_escape`), and
-    where it is longer than the file system allows (`missing_video`)."""
+    """The clip's real path; raises RowError where it, or an image of a folder of images, leads by text or by link out
+    of the root (`path_escape`), and where it is longer than the file system allows (`missing_video`)."""
     if "\0" in video or "\\" in video or "://" in video or video.startswith(("/", "~")):
         raise RowError("path_escape", f"{video!r} must be a plain path relative to the video root")
     if BROKEN_TEXT.search(video):
@@ -440,7 +450,19 @@ def resolve_video(video_root, video: str) -> Path:
         path = next(filter(os.path.exists, spellings), path)
     if not path.startswith(root + os.sep):
         raise RowError("path_escape", f"{video!r} leads out of the video root {root}")
+    for name in _linked_images(path):
+        if not os.path.realpath(os.path.join(path, name)).startswith(root + os.sep):
+            raise RowError("path_escape", f"{video!r} holds {name}, a link that leads out of the video root {root}")
     return Path(path)
+
+
+def _linked_images(path: str) -> list[str]:
+    """Files that a folder of images is read from and that are links; [] where `path` is no folder."""
+    try:
+        with os.scandir(path) as found:
+            return sorted(file.name for file in found if file.is_symlink() and _is_of_images(file.name))
+    except OSError:  # a file, or what is met again where the clip is opened
+        return []
 
 
 @functools.lru_cache(maxsize=16)
@@ -730,7 +752,7 @@ def video_reader() -> str:
 class Clip:
     """A clip, open for reading; the only place that names video decoders. Use as a context manager.
 
-        with Clip(path) as clip:
+        with Clip(path) as clip:             # a video file, or a folder of images
             clip.size                        # (width, height) of the frames, after the clip's rotation tag is applied
             clip.times                       # [N] float32: start of each frame in seconds
             clip.choose(16)                  # [16] indices, spread evenly over time, both ends included
@@ -741,9 +763,9 @@ class Clip:
 
     def __init__(self, path, size: tuple[int, int] | None = None):
         self.path = path = Path(path)
-        if _stat_clip(path).st_size == 0:
+        if clip_state(path).size == 0:
             raise VideoError(path, "empty file (0 bytes)")
-        self._reader = {"decord": DecordReader, "pyav": PyAVReader}[video_reader()]()
+        self._reader = {"decord": DecordReader, "pyav": PyAVReader, "images": ImageReader}[_reader_of(path)]()
         with self._reading():
             self._reader.open(path, size)
 
@@ -875,7 +897,117 @@ class PyAVReader:
 
 
 class ClipDamage(Exception):
-    """What PyAVReader finds wrong with a clip, in plain words."""
+    """What PyAVReader or ImageReader finds wrong with a clip, in plain words."""
+
+
+class ImageReader:
+    """Pillow: a folder of images of one size, one a frame, in the order of the numbers in their names.
+
+    Times come from IMAGE_TIMES: times.txt (a line for each image: seconds, increasing), else fps.txt (one number), else
+    the images are IMAGE_FPS a second. Damage is named with its file, and with its line in a text.
+    """
+
+    errors = (ClipDamage, IndexError)
+
+    def open(self, path, size):
+        self.files, self.size = image_files(path), size
+        self.starts = image_times(path, len(self.files))
+        self.own_size = self._upright(self.files[0]).size
+        for file in self.files:  # their headers: a clip is refused as a whole, whichever frames are asked for
+            with _reading_image(file) as image:
+                self._check_size(file, _upright_size(image))
+
+    def close(self):
+        pass  # no image stays open
+
+    def times(self):
+        return self.starts
+
+    def frames(self, indices):
+        pictures = {index: self._picture(index) for index in sorted(set(indices))}
+        return np.stack([pictures[index] for index in indices])
+
+    def _picture(self, index):
+        """One frame, uint8 [H, W, 3] RGB, rotated upright."""
+        if not 0 <= index < len(self.files):
+            raise IndexError(f"frame {index} of {len(self.files)}")
+        picture = self._upright(self.files[index])
+        self._check_size(self.files[index], picture.size)  # of the pixels: some tags stand behind them
+        return np.array(picture.resize(self.size, Resampling.BILINEAR) if self.size else picture)
+
+    def _check_size(self, file, size):
+        if size != self.own_size:
+            raise ClipDamage(f"{file.name}: {size[0]}x{size[1]}, but {self.files[0].name} is "
+                             f"{self.own_size[0]}x{self.own_size[1]}; the images of a clip have one size")
+
+    def _upright(self, file):
+        """The decoded image of a file, RGB, rotated as its EXIF data says."""
+        with _reading_image(file) as image:
+            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+                raise ClipDamage(f"{file.name}: pixels of kind {image.mode}; 8 bits per colour are read")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+                raise ClipDamage(f"{file.name}: it has transparent pixels, whose colour is not known")
+            return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _reading_image(file: Path):
+    """The image in a file, its header read; ClipDamage for what is wrong with it, now or while its pixels are read."""
+    try:
+        with open_image(file, formats=("JPEG", "PNG")) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise ClipDamage(f"{file.name}: not a readable JPEG or PNG image") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError) as error:
+        raise ClipDamage(f"{file.name}: damaged or not readable: {error}") from error
+
+
+def _upright_size(image) -> tuple[int, int]:
+    """(width, height) of an image of which only the header was read, as its EXIF data turns it."""
+    turned = "exif" in image.info and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
+
+
+def image_times(folder: Path, count: int) -> np.ndarray:
+    """The times of a folder's `count` images in seconds from the first, float32 [count].
+
+    Raises ClipDamage, which names file and line, where the text that says them is wrong.
+    """
+    name = next((name for name in IMAGE_TIMES if os.path.lexists(folder / name)), None)
+    if name is None:
+        return (np.arange(count) / IMAGE_FPS).astype(np.float32)
+    numbers = _read_numbers(folder / name)
+    if name == "fps.txt":
+        if len(numbers) != 1 or not 0.001 <= numbers[0] <= 1000:
+            raise ClipDamage(f"fps.txt line {min(len(numbers), 2) or 1}: one number is expected, images a second, from "
+                             "0.001 to 1000")
+        return (np.arange(count) / numbers[0]).astype(np.float32)
+    if len(numbers) != count:
+        raise ClipDamage(f"times.txt line {min(len(numbers), count) + 1}: {len(numbers)} lines for {count} images")
+    starts = (np.array(numbers) - numbers[0]).astype(np.float32)
+    for line, (one, other) in enumerate(itertools.pairwise(starts), start=2):
+        if not one < other < np.inf:
+            raise ClipDamage(f"times.txt line {line}: {numbers[line - 1]:.15g} does not come after "
+                             f"{numbers[line - 2]:.15g}")
+    return starts
+
+
+def _read_numbers(file: Path) -> list[float]:
+    """The numbers of a text, one a line. Raises ClipDamage with file and line."""
+    numbers = []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClipDamage(f"{file.name}: not readable: {error}") from error
+    for line, text in enumerate(lines, start=1):
+        try:
+            numbers.append(float(text))
+        except ValueError:
+            numbers.append(float("nan"))
+        if not np.isfinite(numbers[-1]):
+            raise ClipDamage(f"{file.name} line {line}: not a number: {text[:40]!r}")
+    return numbers
 
 
 DECODER_REASONS = {  # words of decord's and FFmpeg's messages: what they mean
@@ -897,21 +1029,123 @@ def _reason(error: Exception) -> str:
     return line[:200] or type(error).__name__
 
 
-def _stat_clip(path: Path) -> os.stat_result:
-    """Size and times of a clip's file; raises VideoError where there is none."""
+class ClipState(NamedTuple):
+    """What changes when a clip does: bytes of its files, and a file's time of change in ns; of a folder of images, a
+    hash over names, sizes and times of change of all its images and of what says their times."""
+
+    size: int
+    changed: int | str
+
+
+def clip_state(path) -> ClipState:
+    """The state of a clip, of which cached files are made. Raises VideoError where there is no clip."""
+    path = Path(path)
+    if not os.path.isdir(path):
+        found = _stat_file(path, path)
+        return ClipState(found.st_size, found.st_mtime_ns)
+    files = clip_files(path)
+    found = [_stat_file(file, path) for file in files]
+    lines = [[file.name, each.st_size, each.st_mtime_ns] for file, each in zip(files, found, strict=True)]
+    return ClipState(sum(each.st_size for each in found), hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:32])
+
+
+def clip_files(path) -> list[Path]:
+    """What a clip is read from: its file, or a folder's images and IMAGE_TIMES. Raises VideoError as `image_files`."""
+    path = Path(path)
+    if not os.path.isdir(path):
+        return [path]
+    return image_files(path) + [path / name for name in IMAGE_TIMES if os.path.lexists(path / name)]
+
+
+def image_files(folder) -> list[Path]:
+    """The images of a folder in the order of the numbers in their names (2 before 10), as frames of one clip.
+
+    Raises VideoError where there are none, where video files lie beside them (which are meant?), and where two have the
+    same place (1.jpg and 01.png).
+    """
+    folder = Path(folder)
     try:
-        found = path.stat()
+        names = os.listdir(folder)
+    except OSError as error:
+        raise VideoError(folder, error.strerror or str(error)) from error
+    images = sorted((name for name in names if _suffix(name) in IMAGE_SUFFIXES), key=_numbers_in)
+    if not images:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise VideoError(folder, f"a folder without images ({suffixes})" if names else "empty folder")
+    if videos := sorted(name for name in names if _suffix(name) in VIDEO_SUFFIXES):
+        raise VideoError(folder, f"holds images ({images[0]}) and video files ({videos[0]}): which of them are meant?")
+    for one, other in itertools.pairwise(images):
+        if _numbers_in(one) == _numbers_in(other):
+            raise VideoError(folder, f"{min(one, other)} and {max(one, other)} have the same place in the clip")
+    return [folder / name for name in images]
+
+
+def media_files(path) -> list[Path]:
+    """The files that hold a clip's pictures, in their order: its file, or a folder's images. Raises VideoError."""
+    return image_files(path) if os.path.isdir(path) else [Path(path)]
+
+
+def is_clip(path) -> bool:
+    """Is there a file, or a folder that directly holds images? Whether it can be read is another question."""
+    try:
+        return any(_suffix(name) in IMAGE_SUFFIXES for name in os.listdir(path))
+    except OSError:  # no folder, or one that may not be read
+        return os.path.isfile(path)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _is_of_images(name: str) -> bool:
+    return name in IMAGE_TIMES or _suffix(name) in IMAGE_SUFFIXES
+
+
+def _numbers_in(name: str) -> list:
+    """Sorts names without their suffixes by the numbers in them; every second item is a number."""
+    parts = re.split(r"(\d+)", PurePosixPath(name).stem)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def _reader_of(path: Path) -> str:
+    """What reads a clip: images, or the video reader in use."""
+    return "images" if os.path.isdir(path) else video_reader()
+
+
+def _stat_file(file: Path, clip: Path) -> os.stat_result:
+    """Size and times of a file of a clip; raises VideoError where it is none."""
+    name = "" if file == clip else f"{file.name}: "
+    try:
+        found = file.stat()
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        raise VideoError(path, "no such file" if missing else error.strerror or str(error)) from error
+        raise VideoError(clip, name + ("no such file" if missing else error.strerror or str(error))) from error
     if not stat.S_ISREG(found.st_mode):
-        raise VideoError(path, "not a file")
+        raise VideoError(clip, f"{name}not a file")
     return found
 
 
 def find_clips(folder) -> list[Path]:
-    """The clips in a folder and the folders in it, by their suffixes."""
-    return [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES]
+    """The clips in a folder and the folders in it, sorted: video files by their suffixes, and folders of images. A
+    folder that directly holds images is one clip itself.
+
+    Raises DataError for a folder that holds images and clips: which of them are meant?
+    """
+    found = [Path(folder)] if is_clip(folder) else []
+    for place, folders, names in os.walk(folder):
+        found += [Path(place, name) for name in folders if is_clip(Path(place, name))]
+        found += [Path(place, name) for name in names if _suffix(name) in VIDEO_SUFFIXES]
+    found.sort()
+    for one, other in itertools.pairwise(found):  # in this order, what is in a folder follows it
+        if one in other.parents:
+            raise DataError(f"{one} holds images and clips ({other.relative_to(one)}): which of them are meant? "
+                            "Give the clips by their names")
+    return found
+
+
+def root_of_clips(folder) -> str:
+    """The video root of what `find_clips` finds: the folder, or the one above it where it is a clip itself."""
+    return os.path.dirname(os.path.abspath(folder)) if os.path.isdir(folder) and is_clip(folder) else str(folder)
 
 
 def clip_seconds(path) -> float:
@@ -970,7 +1204,7 @@ def decode_sample(path, num_frames: int) -> tuple[float, np.ndarray, np.ndarray]
 def cached_frames(path, num_frames: int, size: int, cache_dir, must_write: bool = False) -> np.ndarray:
     """`decode_frames` through the cache in folder `cache_dir` (None: no cache). Safe under many processes and machines.
 
-    A file is identified by the clip's path, size and time of change and by what was asked for. It is written under a
+    A file is identified by the clip's path and `clip_state` and by what was asked for. It is written under a
     temporary name and renamed (at worst, two processes both decode a clip); one that is damaged or holds
     something else is made again. Where the cache cannot be read or written, frames are decoded; with `must_write`, a
     file that cannot be written is an OSError instead. Raises VideoError.
@@ -1008,8 +1242,7 @@ _warned_of_cache = set()
 def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str]:
     """(cache file, the key that it must hold); raises VideoError where there is no clip."""
     path = Path(path).resolve()
-    found = _stat_clip(path)
-    key = json.dumps([str(path), found.st_size, found.st_mtime_ns, num_frames, size, video_reader()])
+    key = json.dumps([str(path), *clip_state(path), num_frames, size, _reader_of(path)])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(cache_dir) / name[:2] / f"{name}.frames", key
 
@@ -1043,8 +1276,8 @@ class ClipTensors:
 
     A clip is processed alone (a batch would round differently) and read back after writing, so that a run that makes
     the tensors and one that finds them are equal to the bit. The file's name depends on all that decides its content:
-    `made_by` (a text that names the frozen parts) and the clip's path, size and time of change. `shape`: that of the
-    tensors. Holds no model, so that data loader workers can have a copy.
+    `made_by` (a text that names the frozen parts) and the clip's path and `clip_state`. `shape`: that of the tensors.
+    Holds no model, so that data loader workers can have a copy.
     """
 
     def __init__(self, folder, made_by: str, shape: tuple, video_root, num_frames: int, image_size: int, frame_cache):
@@ -1080,8 +1313,8 @@ class ClipTensors:
     def _place(self, video: str) -> tuple[Path, Path]:
         """(the clip's file, the tensor's file)"""
         path = resolve_video(self.video_root, video)
-        found = _stat_clip(path)
-        key = f"{self.made_by} {path} {found.st_size} {found.st_mtime_ns}"
+        state = clip_state(path)
+        key = f"{self.made_by} {path} {state.size} {state.changed}"
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         return path, self.folder / name[:2] / f"{name}.safetensors"
 

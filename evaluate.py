@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -42,6 +43,7 @@ from tqdm import tqdm
 from dataset import (
     GREY,
     IGNORE_INDEX,
+    IMAGE_SUFFIXES,
     MODE_TABLE,
     MODES,
     VIDEO_SUFFIXES,
@@ -54,8 +56,10 @@ from dataset import (
     find_clips,
     load_split,
     resolve_video,
+    root_of_clips,
     sample_clip,
     video_reader_problems,
+    video_stem,
 )
 from evaluation.best_of import BestOf, best_of_problems
 from evaluation.captions import add_bleu, add_caption_scores
@@ -367,12 +371,13 @@ def open_inputs(config: EvaluateConfig):
         try:
             train, held_out = uncaptioned(config) if config.clips else load_split(config)
             if not held_out and config.clips:
-                problems.append(f"clips: no clip in {config.clips} ({', '.join(sorted(VIDEO_SUFFIXES))})")
+                suffixes = ", ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+                problems.append(f"clips: no clip in {config.clips} ({suffixes})")
             elif not held_out:
                 problems.append(f"data: no held-out clips in {config.val_data or config.data} (num_val_videos is "
                                 f"{config.num_val_videos})")
         except DataError as error:
-            problems.append(f"data: {error}")
+            problems.append(f"{'clips' if config.clips else 'data'}: {error}")
     for folder in folders.values():
         problems += leak_problems(config, held_out, folder)
     problems += system_name_problems(config, list(folders), bool(train))
@@ -451,12 +456,12 @@ def read_clips(videos: list[str], video_root: str) -> tuple[dict[str, list], dic
 
 
 def uncaptioned(config: EvaluateConfig) -> tuple[list, list]:
-    """([], one entry per mode for each clip in the folder `clips`, without captions)."""
+    """([], one entry per mode for each clip in the folder `clips`, without captions). Raises DataError."""
     entries = []
     for path in find_clips(config.clips):
-        video = path.relative_to(config.clips).as_posix()
+        video = Path(os.path.relpath(path, config.video_root)).as_posix()
         for mode, question in MODES.items():
-            entries.append(Entry(f"{Path(video).with_suffix('')}#{mode}", video, mode, question, ()))
+            entries.append(Entry(f"{video_stem(video)}#{mode}", video, mode, question, ()))
     return [], entries
 
 
@@ -625,7 +630,7 @@ def encode_clip(model, video: str, config: EvaluateConfig) -> torch.Tensor:
 def evaluate(config: EvaluateConfig) -> dict:
     """The whole run; returns the content of metrics.json."""
     if config.clips:
-        config = dataclasses.replace(config, video_root=config.clips)
+        config = dataclasses.replace(config, video_root=root_of_clips(config.clips))
     folders, train, held_out, known_truth = open_inputs(config)
     asked = {entry.mode for entry in held_out}
     modes = {name: mode for name, mode in MODE_TABLE.items() if name in asked}

@@ -29,7 +29,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 import torch
 from safetensors.torch import save_file
 
-from dataset import MODE_TABLE, read_frames, video_reader_problems
+from dataset import MODE_TABLE, is_clip, read_frames, video_reader_problems
 from evaluation.report import table
 from model import DriveVLM, ModelError, read_checkpoint
 from training.common import git_commit, write_json, write_text
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         _, meta = read_checkpoint(config.checkpoint)
     except ModelError as error:
         problems.append(f"--checkpoint: {error}")
-    if config.video and not Path(config.video).is_file():
+    if config.video and not is_clip(config.video):
         problems.append(f"--video: no such file: {config.video}")
     if config.mode not in MODE_TABLE:
         problems.append(f"--mode: {config.mode!r} is none of {', '.join(MODE_TABLE)}")

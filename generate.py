@@ -8,11 +8,11 @@
     python generate.py --checkpoint output/stage3 --video drive.mp4 --hedge 0.9
 
 On a terminal, the answer to one question about one clip is shown as it is written; of several, each stands under its
-clip. A folder stands for the clips in it. --window asks about stretches of a long drive, one after another. With
---output, an interrupted run continues where it was. --detect lets a detector look for what the answer names: what it
-sees is green, what it does not is red, what it cannot tell yellow, and a line for each says when and where. --hedge 0.9
-marks objects that are right with a probability below 0.9, by what evaluate.py --calibrate true measured. Exit code 1:
-some clips could not be read; they are named, the others are answered.
+clip. A folder stands for the clips in it; a folder of images (drive_001/000001.jpg ..) is one clip. --window asks about
+stretches of a long drive, one after another. With --output, an interrupted run continues where it was. --detect lets a
+detector look for what the answer names: what it sees is green, what it does not is red, what it cannot tell yellow, and
+a line for each says when and where. --hedge 0.9 marks objects that are right with a probability below 0.9, by what
+evaluate.py --calibrate true measured. Exit code 1: some clips could not be read; they are named, the others are answered.
 """
 
 import hashlib
@@ -30,12 +30,15 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 import torch
 
 from dataset import (
+    IMAGE_SUFFIXES,
     MODE_TABLE,
     VIDEO_SUFFIXES,
+    DataError,
     VideoError,
     clip_seconds,
     decode_frames,
     find_clips,
+    is_clip,
     video_reader_problems,
 )
 from evaluation.hedging import grey_clip, mark_unsure, mention_gains, probability, weights_id
@@ -81,10 +84,15 @@ def check(config) -> tuple[list[Path], list[str | None], str, set, dict]:
     --output holds already, {mode: calibrated steps} for --hedge); ConfigError where anything is wrong."""
     problems, clips = video_reader_problems(config), []
     for name in config.video:
-        found = find_clips(name) if Path(name).is_dir() else [Path(name)]
+        try:
+            found = find_clips(name) if Path(name).is_dir() else [Path(name)]
+        except DataError as error:
+            problems.append(f"--video: {error}")
+            continue
         if not found:
-            problems.append(f"--video: no clip in {name} ({', '.join(sorted(VIDEO_SUFFIXES))})")
-        problems += [f"--video: no such file: {path}" for path in found if not path.is_file()]
+            suffixes = ", ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+            problems.append(f"--video: no clip in {name} ({suffixes})")
+        problems += [f"--video: no such file: {path}" for path in found if not is_clip(path)]
         clips += found
     folder = None
     try:

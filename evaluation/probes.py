@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import GREY, MODE_TABLE, Entry, RowError, encode_prompt, resolve_video, video_stem
+from dataset import GREY, MODE_TABLE, Entry, RowError, encode_prompt, is_clip, resolve_video, video_stem
 from evaluation.scoring import Truth, draw_clips, interval_of, mentioned, ratio
 from model import ModelError, check_shared_prefix
 from stage3.grpo import Group, completion_logps
@@ -283,7 +283,7 @@ def read_twins(path: str, video_root: str, held_out: set[str], problems: list[st
              "not there": []}
     for twin in twins:
         try:
-            if not resolve_video(video_root, twin["video"]).is_file():
+            if not is_clip(resolve_video(video_root, twin["video"])):
                 wrong["not there"].append(twin["video"])
         except RowError as error:
             problems.append(f"twins: {error}")

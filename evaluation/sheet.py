@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from dataset import MODE_TABLE, resolve_video, sample_clip, video_reader_problems
+from dataset import MODE_TABLE, resolve_video, root_of_clips, sample_clip, video_reader_problems
 from evaluation.scoring import Truth, exact_truth
 from pages.render import jpeg_uri, page_file, render
 from stage3.detect_objects import evidence_problems, get_evidence
@@ -243,7 +243,7 @@ def make_sheet(config: EvaluateConfig) -> int:
     """Writes sheet.html and sheet_key.json into the output folder. All problems come in one message, exit code 2."""
     problems, out = video_reader_problems(config), Path(config.output_dir)
     if config.clips:
-        config = dataclasses.replace(config, video_root=config.clips)
+        config = dataclasses.replace(config, video_root=root_of_clips(config.clips))
     if not Path(config.video_root).exists():
         problems.append(f"{'clips' if config.clips else 'video_root'}: not found: {config.video_root}")
     answers, modes = open_answers(config, problems)

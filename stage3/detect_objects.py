@@ -35,6 +35,7 @@ from tqdm import tqdm
 from dataset import (
     DataError,
     VideoError,
+    clip_files,
     load_entries,
     load_split,
     resolve_video,
@@ -270,7 +271,28 @@ def read_record(file: Path) -> dict | None:
 def is_up_to_date(file: Path, clip: Path) -> bool:
     """True if a valid record exists for this exact clip. A clip that failed is tried again."""
     record = read_record(file)
-    return record is not None and "error" not in record and clip.is_file() and record["bytes"] == clip.stat().st_size
+    if record is None or "error" in record:
+        return False
+    try:
+        return all(record.get(key) == value for key, value in clip_marks(clip).items())
+    except (OSError, VideoError):  # said again where it is read
+        return False
+
+
+def clip_marks(clip: Path) -> dict:
+    """What a record keeps of its clip to notice another one in its place: {"bytes"}; of a folder of images {"files"}
+    too, a hash over their names and sizes and what says their times. No dates: evidence is copied between machines.
+
+    Raises VideoError or OSError where there is no clip.
+    """
+    files = clip_files(clip)
+    sizes = [file.stat().st_size for file in files]
+    marks = {"bytes": sum(sizes)}
+    if clip.is_dir():
+        lines = [f"{file.name} {content_sha256(file) if file.suffix == '.txt' else size}"
+                 for file, size in zip(files, sizes, strict=True)]
+        marks["files"] = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:32]
+    return marks
 
 
 def open_cache(cache_dir: Path | str, made_by: dict, versions: dict) -> Path:
@@ -313,7 +335,7 @@ def detect_clips(videos: list[str], video_root: Path | str, settings: DetectorSe
         except VideoError as error:
             failed[video] = record["error"] = str(error)
         else:
-            record |= {"bytes": paths[video].stat().st_size, "frames": [
+            record |= {**clip_marks(paths[video]), "frames": [
                 {"index": int(index), "time": round(float(time), 4), "boxes": boxes,
                  "colours": frame_colours(frame, boxes) if are_sound(boxes) else []}
                 for index, time, frame, boxes in zip(indices, times, frames, detector.detect(frames), strict=True)

@@ -11,13 +11,14 @@ words; a class that the labels do not have counts as unknown in every clip, neve
 
 Scalabel's `attributes.trafficLightColor` is taken over as what the lights show; other formats do not tell colours.
 A clip is found by its name (file name without suffix); a frame's time by its timestamp (Scalabel), else by the number
-at the end of its name: a frame of the clip, or with --label_fps N one of N in a second.
+at the end of its name: a frame of the clip (of a folder of images, the image with that number), or with --label_fps N
+one of N in a second.
 """
 
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from training.common import fail, load_config, run_main, write_json
@@ -28,10 +29,11 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 
 from tqdm import tqdm
 
-from dataset import Clip, DataError, VideoError, resolve_video, video_reader_problems
+from dataset import Clip, DataError, VideoError, image_files, resolve_video, video_reader_problems, video_stem
 from stage3.detect_objects import (
     class_problems,
     clip_file,
+    clip_marks,
     fingerprint,
     frequency_table,
     load_videos,
@@ -48,7 +50,8 @@ LONGEST_GAP = 0.15  # labels with a longer gap than this share of the clip may h
 class LabelledFrame:
     """One frame as the labels have it: `number` in the clip or `seconds` from its start, and boxes
     [name, confidence, x1, y1, x2, y2], in pixels of `size` or, where that is None, of the clip's own size. colours:
-    what the labels say of each box (the state of a traffic light, else None), or None where they know no colours."""
+    what the labels say of each box (the state of a traffic light, else None), or None where they know no colours.
+    named: `number` is the one in the name of the frame's image, not an index."""
 
     clip: str
     where: str
@@ -57,6 +60,7 @@ class LabelledFrame:
     seconds: float | None = None
     size: tuple[float, float] | None = None
     colours: list[str | None] | None = None
+    named: bool = False
 
 
 # ---- the formats -----------------------------------------------------------------------------------------------------
@@ -91,7 +95,8 @@ def read_scalabel(path: Path) -> list[LabelledFrame]:
             frames.append(LabelledFrame(
                 row.get("videoName") or clip, f"{file.name}, frame {row['name']}", boxes,
                 row["frameIndex"] if row.get("frameIndex") is not None else number, seconds,
-                (float(size["width"]), float(size["height"])) if size else None, colours))
+                (float(size["width"]), float(size["height"])) if size else None, colours,
+                named=row.get("frameIndex") is None))
     if not any(colour for frame in frames for colour in frame.colours or []):
         for frame in frames:  # these labels do not know lights, which is not the same as not having read them
             frame.colours = None
@@ -108,7 +113,8 @@ def read_coco(path: Path) -> list[LabelledFrame]:
         clip, number = split_name(image["file_name"])
         frames[image["id"]] = LabelledFrame(
             videos[image["video_id"]] if "video_id" in image else clip, f"{path.name}, image {image['file_name']}", [],
-            image.get("frame_id", number), None, (float(image["width"]), float(image["height"])))
+            image.get("frame_id", number), None, (float(image["width"]), float(image["height"])),
+            named="frame_id" not in image)
     for row in content["annotations"]:
         x, y, width, height = map(float, row["bbox"])
         box = [names[row["category_id"]], float(row.get("score", 1.0)), x, y, x + width, y + height]
@@ -133,7 +139,8 @@ def read_yolo(path: Path) -> list[LabelledFrame]:
             name = names[int(index)].strip() if names else str(int(index))
             boxes.append([name, confidence[0] if confidence else 1.0,
                           x - width / 2, y - height / 2, x + width / 2, y + height / 2])
-        frames.append(LabelledFrame(clip, file.relative_to(path).as_posix(), boxes, number, None, (1.0, 1.0)))
+        frames.append(LabelledFrame(clip, file.relative_to(path).as_posix(), boxes, number, None, (1.0, 1.0),
+                                    named=True))
     return frames
 
 
@@ -156,12 +163,12 @@ def match_clips(frames: list[LabelledFrame], videos: list[str]) -> dict[str, lis
     """{video of the data: its labelled frames}; DataError where a name in the labels could be two of the clips."""
     by_stem = defaultdict(list)
     for video in videos:
-        by_stem[PurePosixPath(video).stem].append(video)
+        by_stem[PurePosixPath(video_stem(video)).name].append(video)
     matched = defaultdict(list)
     for frame in frames:
-        candidates = by_stem.get(PurePosixPath(frame.clip).stem, [])
+        candidates = by_stem.get(PurePosixPath(video_stem(frame.clip)).name, [])
         if len(candidates) > 1:
-            exact = [video for video in candidates if str(PurePosixPath(video).with_suffix("")).endswith(frame.clip)]
+            exact = [video for video in candidates if video_stem(video).endswith(frame.clip)]
             candidates = exact if len(exact) == 1 else candidates
         if len(candidates) > 1:
             raise DataError(f"{frame.where}: {frame.clip} may be {' or '.join(candidates)}")
@@ -207,16 +214,36 @@ def shares(frame: LabelledFrame, own_size, ids: dict[str, int | None]) -> dict:
     return found if frame.colours is None else found | {"colours": [colour for _, colour in rows]}
 
 
+def count_images(frames: list[LabelledFrame], path: Path) -> list[LabelledFrame]:
+    """The frames of a folder of images, which may be numbered from 1 or 5000, with indices for their images' numbers.
+
+    Raises DataError for a number that no image has, and where two images have one.
+    """
+    numbers = [split_name(str(file))[1] for file in image_files(path)]
+    indices = {number: index for index, number in enumerate(numbers)}
+    counted = []
+    for frame in frames:
+        if frame.named and frame.number is not None and frame.seconds is None:
+            if numbers.count(frame.number) != 1:
+                raise DataError(f"{frame.where}: {numbers.count(frame.number)} images in {path} have the number "
+                                f"{frame.number}")
+            frame = replace(frame, number=indices[frame.number])
+        counted.append(frame)
+    return counted
+
+
 def make_record(video: str, path: Path, frames: list[LabelledFrame], ids, label_fps) -> dict:
     """A clip's record, as stage3/detect_objects.py writes it."""
     with Clip(path) as clip:
         times, size = clip.times, clip.size
+    if path.is_dir() and not label_fps:
+        frames = count_images(frames, path)
     rows = [{"index": frame.number or 0, "time": round(frame_time(frame, times, label_fps), 4),
              **shares(frame, size, ids)} for frame in frames]
     rows.sort(key=lambda row: row["time"])
     moments = [0.0, *(row["time"] for row in rows), 1.0]
     gap = max(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
-    return {"video": video, "bytes": path.stat().st_size, "frames": rows, "sparse": gap > LONGEST_GAP}
+    return {"video": video, **clip_marks(path), "frames": rows, "sparse": gap > LONGEST_GAP}
 
 
 def open_labels(config, settings):

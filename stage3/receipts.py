@@ -3,6 +3,7 @@
 For people who ask about one clip (`generate.py --detect`, `app.py`); the verdicts are those that the reward goes by.
 """
 
+import os
 from pathlib import Path
 
 from dataset import VideoError
@@ -18,10 +19,11 @@ WORDS = {"supported": "seen", "contradicted": "not so", "unsupported": "not seen
 def look(clip: Path, settings, cache) -> dict:
     """What the detector of these settings sees in a clip, from the folder `cache` or now, as stage3/detect_objects.py
     writes it; VideoError where it cannot read the clip."""
-    failed = detect_clips([clip.name], clip.parent, settings, cache)
+    root, name = os.path.split(os.path.abspath(clip))  # "." is a folder of images too, and has no name
+    failed = detect_clips([name], root, settings, cache)
     if failed:
-        raise VideoError(clip, failed[clip.name].removeprefix(f"{clip}: "))
-    return load_records(cache, [clip.name], settings)[clip.name]
+        raise VideoError(clip, failed[name].removeprefix(f"{clip}: "))
+    return load_records(cache, [name], settings)[name]
 
 
 def receipts(text: str, record: dict, settings, seconds: float) -> list[dict]:

@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -128,6 +129,22 @@ def write_clip(path, num_frames=20, width=320, height=180, seed=0, codec="mpeg4"
                 out.mux(packet)
         for packet in stream.encode():
             out.mux(packet)
+
+
+def write_images(folder, frames, name="{:06d}.png", start=1, **options):
+    """A folder of images, made of frames uint8 [N, H, W, 3]; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, frame in enumerate(frames, start):
+        Image.fromarray(frame).save(folder / name.format(number), **options)
+    return folder
+
+
+def images_of(clip, folder, **options):
+    """A folder of images with the frames of a clip."""
+    from dataset import Clip
+
+    with Clip(clip) as opened:
+        return write_images(folder, opened.frames(range(len(opened.times))), **options)
 
 
 @pytest.fixture(scope="session")

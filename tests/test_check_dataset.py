@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, write_clip
+from conftest import ROOT, images_of, write_clip
 from test_dataset import set_rotation, write_ramp
 from transformers import AutoTokenizer
 
@@ -309,6 +309,61 @@ def test_a_clip_that_was_encoded_twice_is_a_warning(tiny, check, tmp_path):
     write_clip(videos / "car.mov", seed=0, codec="libx264")  # the scene of car.mp4
     rows = [both(clip.name) for clip in sorted(videos.iterdir())]
     seed = seed_that_parts(rows, "car.mp4", "car.mov", tmp_path)
+    exit_code, report = check(rows, "--split_seed", seed, video_root=videos)
+    assert exit_code == 0 and codes(report)["similar_clip"] == 1
+
+
+def test_folders_of_images_are_checked_as_clips(tiny, check, tmp_path):
+    videos = tmp_path / "videos"
+    for clip in tiny.videos.glob("*.mp4"):
+        images_of(clip, videos / clip.stem)
+    names = sorted(folder.name for folder in videos.iterdir())
+    exit_code, report = check([both(name) for name in names], "--build-cache", video_root=videos)
+    assert exit_code == 0 and set(codes(report)) == {"small_video", "caption_length"}
+    assert report["counts"]["sound_clips"] == 6 and report["counts"]["fps"]["median"] == 10
+    assert len(list((tmp_path / "cache").rglob("*.frames"))) == 6
+    assert "data:image/jpeg" in (tmp_path / "out" / "check_dataset" / "report.html").read_text()
+
+    (videos / "empty").mkdir()
+    (videos / "leads").mkdir()
+    (videos / "leads" / "1.png").symlink_to(tiny.data)
+    (videos / "car" / "000007.png").write_bytes((videos / "car" / "000007.png").read_bytes()[:99])
+    (videos / "bus" / "times.txt").write_text("0\n1\n")
+    exit_code, report = check([both(name) for name in [*names, "empty", "leads", "none"]], video_root=videos)
+    found = {p["where"].split(" ")[0]: (p["code"], p["message"]) for p in report["problems"] if p["level"] == "error"}
+    assert {where: code for where, (code, _) in found.items()} == {
+        "car": "corrupt_video", "bus": "corrupt_video", "empty": "missing_video", "none": "missing_video",
+        "rows.json": "path_escape"}
+    assert found["car"][1].startswith("000007.png: damaged or not readable")
+    assert found["bus"][1] == "times.txt line 3: 2 lines for 20 images"
+    assert found["empty"][1] == f"neither a file nor a folder of images: {videos / 'empty'}"
+
+
+def test_copies_of_a_folder_of_images_are_found_whatever_names_they_have(tiny, check, tmp_path):
+    videos = tmp_path / "videos"
+    for clip in tiny.videos.glob("*.mp4"):
+        images_of(clip, videos / clip.stem)
+    images_of(tiny.videos / "car.mp4", videos / "copy.1", name="frame-{}.png", start=100)
+    (videos / "copy.1" / "fps.txt").write_text("5")
+    shutil.copytree(videos / "car", videos / "copy.2")  # one image differs behind the first: another clip
+    shutil.copy(videos / "bus" / "000009.png", videos / "copy.2" / "000009.png")
+    rows = [both(folder.name) for folder in sorted(videos.iterdir())]
+    seed = seed_that_parts(rows, "car", "copy.1", tmp_path)
+    exit_code, report = check(rows, "--split_seed", seed, video_root=videos)
+    leak, = [p for p in report["problems"] if p["code"] == "split_leak"]
+    assert exit_code == 1 and leak["where"].startswith("copy.1") and "the same images as car " in leak["message"]
+    assert "duplicate_clip" not in codes(report)
+    seed = seed_that_joins(rows, "car", "copy.1", tmp_path)
+    report = check(rows, "--split_seed", seed, video_root=videos)[1]
+    assert codes(report)["duplicate_clip"] == 1 and "split_leak" not in codes(report)
+
+
+def test_images_of_a_video_on_the_other_side_are_a_warning(tiny, check, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(tiny.videos, videos)
+    (images_of(videos / "car.mp4", videos / "more" / "car") / "fps.txt").write_text("8")
+    rows = [both(name) for name in [*sorted(clip.name for clip in videos.glob("*.mp4")), "more/car"]]
+    seed = seed_that_parts(rows, "car.mp4", "more/car", tmp_path)
     exit_code, report = check(rows, "--split_seed", seed, video_root=videos)
     assert exit_code == 0 and codes(report)["similar_clip"] == 1
 

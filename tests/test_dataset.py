@@ -740,8 +740,11 @@ def test_unreadable_clips_say_why(each_reader, tmp_path):
             read_frames(tmp_path / name, 4, 96)
     with pytest.raises(VideoError, match="no such file"):
         read_frames(tmp_path / "none.mp4", 4, 96)
-    with pytest.raises(VideoError, match="not a file"):
+    with pytest.raises(VideoError, match=r"a folder without images \(.jpeg, .jpg, .png\)"):
         read_frames(tmp_path, 4, 96)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match="pipe.mp4: not a file"):
+        read_frames(tmp_path / "pipe.mp4", 4, 96)
     with pytest.raises(DataError, match="56 px"):
         read_frames(tmp_path / "whole.mp4", 4, 48)
 

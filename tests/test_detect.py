@@ -1,6 +1,7 @@
 """Evidence: three values from boxes; one JSON per clip, resumed and never mixed; the shipped and other detectors."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import images_of
 
 from dataset import Entry, frame_indices, sample_clip
 from demo import world
@@ -21,10 +23,13 @@ from stage3.detect_objects import (
     BOX_FLOOR,
     DetectionError,
     Detector,
+    clip_file,
     detect_clips,
+    find_cache,
     fingerprint,
     frames_problems,
     frequency_table,
+    is_up_to_date,
     load_evidence,
     load_records,
     weights_problems,
@@ -323,6 +328,40 @@ def test_a_changed_clip_is_detected_again(tiny, settings, tmp_path):
     shutil.copy(tiny.videos / "bus.mp4", videos / "clip.mp4")
     detect_clips(["clip.mp4"], videos, settings, tmp_path / "cache")
     assert load_records(tmp_path / "cache", ["clip.mp4"], settings) != before
+
+
+def test_a_folder_of_images_has_the_boxes_of_its_video_until_it_changes(tiny, settings, tmp_path):
+    videos, cache = tmp_path / "videos", tmp_path / "cache"
+    videos.mkdir()
+    shutil.copy(tiny.videos / "car.mp4", videos)
+    folder, names = images_of(videos / "car.mp4", videos / "car.1"), ["car.1", "car.mp4"]
+    assert detect_clips(names, videos, settings, cache) == {}
+    records = load_records(cache, names, settings)
+    assert records["car.1"]["frames"] == records["car.mp4"]["frames"] and "files" not in records["car.mp4"]
+    assert records["car.1"]["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    file = clip_file(find_cache(cache, settings), "car.1")
+    (folder / "notes.txt").write_text("not read")
+    for image in folder.glob("*.png"):
+        os.utime(image, (1, 1))  # as a copy of evidence and clips on another machine
+    assert is_up_to_date(file, folder)
+
+    def swap_images():
+        (folder / "000001.png").rename(folder / "x")
+        (folder / "000020.png").rename(folder / "000001.png")
+        (folder / "x").rename(folder / "000020.png")
+
+    def say_times(fps):
+        (folder / "fps.txt").write_text(fps)
+
+    for change in (swap_images, lambda: say_times("12"), lambda: say_times("13"), (folder / "000020.png").unlink):
+        change()
+        assert not is_up_to_date(file, folder)
+        assert detect_clips(names, videos, settings, cache) == {} and is_up_to_date(file, folder)
+    (folder / "000002.png").write_bytes(b"broken")
+    failed = detect_clips(names, videos, settings, cache)
+    assert failed == {"car.1": f"{folder}: 000002.png: not a readable JPEG or PNG image"}
+    shutil.rmtree(folder)
+    assert not is_up_to_date(file, folder) and "no such file" in detect_clips(names, videos, settings, cache)["car.1"]
 
 
 def test_other_settings_are_refused(tiny, entries, settings, tmp_path):

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import images_of
 
 import evaluate as program
 import evaluation.best_of
 import evaluation.hedging
 import generate
-from dataset import MODE_TABLE, MODES, Entry, encode_example, load_split, read_frames
+from dataset import MODE_TABLE, MODES, Entry, encode_example, load_split, read_frames, root_of_clips
 from evaluate import change_frames, constant_caption, evaluate, in_unseen_wordings
 from evaluation.best_of import BestOf
 from evaluation.captions import add_bleu, add_caption_scores
@@ -493,6 +494,20 @@ def test_clips_without_captions_are_asked_about(config, tiny, tmp_path):
     assert list(metrics["systems"]) == ["blank", "swapped", "stage2"] and metrics["prior"] == {}
     assert metrics["clips"] == len(names)
     assert "The prior" not in open(f"{config.output_dir}/report.html").read()
+    drive = images_of(tiny.videos / "car.mp4", tmp_path / "drives" / "drive.1")
+    images_of(tiny.videos / "bus.mp4", tmp_path / "drives" / "drive.2")
+    (tmp_path / "truth.json").write_text(json.dumps({f"drive.{k}": {"present": ["car"]} for k in (1, 2)}))
+    config.clips, config.output_dir = str(drive.parent), str(tmp_path / "folders")
+    assert evaluate(config)["clips"] == 2
+    assert '"drive.1#copilot"' in (tmp_path / "folders" / "predictions.jsonl").read_text()
+    config.clips = str(drive)  # one clip: its name is found, though two are needed for an evaluation
+    with pytest.raises(ConfigError, match="1 held-out clips can be used; swapping clips needs two"):
+        evaluate(config)
+    _, entries = program.uncaptioned(replace(config, video_root=root_of_clips(drive)))
+    assert [entry.id for entry in entries] == [f"drive.1#{mode}" for mode in MODES]
+    (drive / "x.mp4").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="clips: .*drive.1 holds images and clips"):
+        evaluate(config)
     (tmp_path / "nothing").mkdir()
     config.clips = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="clips: no clip in"):

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_clip
+from conftest import images_of, write_clip
 
 import dataset
 import generate
@@ -118,6 +119,65 @@ def test_a_broken_clip_is_named_and_the_others_are_answered(world, tmp_path, cap
     assert run(world, "--video", folder, "--mode", "copilot", "--json") == 1
     said = capsys.readouterr()
     assert len(rows_of(said.out)) == 2 and f"generate: {folder / 'a.mp4'}: " in said.err
+
+
+@pytest.fixture
+def drives(world, tmp_path):
+    """A folder with two folders of images, of the frames of car.mp4, in whole and in its second half."""
+    drive = images_of(world.clips / "car.mp4", tmp_path / "drives" / "drive_1")
+    half = tmp_path / "drives" / "drive_2"
+    half.mkdir()
+    for number in range(11, 21):
+        shutil.copy(drive / f"{number:06d}.png", half)
+    return drive.parent
+
+
+def test_a_folder_of_images_is_one_clip_and_a_folder_of_such_folders_one_of_clips(world, drives, capsys):
+    assert run(world, "--video", drives, "--mode", "copilot", "--json") == 0
+    several = rows_of(capsys.readouterr().out)
+    assert [row["video"] for row in several] == [str(drives / "drive_1"), str(drives / "drive_2")]
+    assert run(world, "--video", drives / "drive_1", "--mode", "copilot", "--json") == 0
+    one, = rows_of(capsys.readouterr().out)
+    assert (one["video"], one["text"]) == (several[0]["video"], several[0]["text"])
+    shutil.copy(world.clips / "car.mp4", drives)  # beside the folders it is one more clip
+    assert run(world, "--video", drives, "--mode", "copilot", "--json") == 0
+    assert len(rows_of(capsys.readouterr().out)) == 3
+
+
+def test_stretches_of_a_folder_of_images_follow_its_times(world, drives, capsys):
+    drive = drives / "drive_1"  # 20 images, ten a second
+    for fps, begins in ((None, [0.0, 0.9]), ("5", [0.0, 1.0, 2.0, 2.8])):
+        if fps:
+            (drive / "fps.txt").write_text(fps)
+        assert run(world, "--video", drive, "--mode", "copilot", "--window", 1, "--json") == 0
+        assert [row["begin"] for row in rows_of(capsys.readouterr().out)] == begins
+
+
+def test_folders_that_are_not_clear_are_refused_and_broken_ones_named(world, drives, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    both = drives / "drive_2"
+    shutil.copy(world.clips / "car.mp4", both)
+    with pytest.raises(ConfigError) as error:
+        run(world, "--video", both, drives, tmp_path / "empty")
+    assert str(error.value).count(f"{both} holds images and clips (car.mp4): which of them are meant?") == 2
+    assert f"--video: no clip in {tmp_path / 'empty'} (.avi, .jpeg, .jpg" in str(error.value)
+    (both / "car.mp4").unlink()
+    (both / "000015.png").write_bytes(b"broken")
+    assert run(world, "--video", drives, "--mode", "copilot", "--json") == 1
+    said = capsys.readouterr()
+    assert len(rows_of(said.out)) == 1
+    assert f"generate: {both}: 000015.png: not a readable JPEG or PNG image" in said.err
+
+
+def test_the_detector_looks_at_a_folder_of_images_from_inside_it(drives, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "detect_clips", lambda videos, root, *rest: seen.append((videos, str(root))) or {})
+    monkeypatch.setattr(generate, "load_records", lambda cache, videos, settings: dict.fromkeys(videos, "record"))
+    config = SimpleNamespace(detector=None, evidence_cache=tmp_path)
+    monkeypatch.chdir(drives / "drive_1")
+    for clip in (drives / "drive_1", Path(".")):
+        assert generate.look(config, clip) == "record"
+    assert seen == [(["drive_1"], str(drives))] * 2
 
 
 def test_one_answer_is_streamed_to_a_terminal(world, capsys, monkeypatch):

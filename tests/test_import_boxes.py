@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from conftest import write_images
 
-from dataset import load_entries
+from dataset import DataError, load_entries
 from stage3 import import_boxes
 from stage3.detect_objects import detect_clips, load_evidence, load_records
 from stage3.grpo_reward_func import physics_aware_reward
-from stage3.import_boxes import split_name
+from stage3.import_boxes import LabelledFrame, make_record, match_clips, split_name
 from training.common import ConfigError
 from training.config import DetectorSettings
 
@@ -253,3 +255,25 @@ def test_labels_are_not_run_as_a_detector(run, tiny, tmp_path):
 ])
 def test_names_of_frames(name, expected):
     assert split_name(name) == expected
+
+
+def test_labels_of_a_folder_of_images_go_by_the_numbers_in_the_names(tmp_path):
+    frames = np.zeros((5, 64, 64, 3), np.uint8)
+    folder = write_images(tmp_path / "drive", frames, "cam_{}.png", start=98)  # 98 .. 102
+    labels = [LabelledFrame("drive", f"label {number}", [], number, named=True) for number in (98, 102)]
+    labels += [LabelledFrame("drive", "an index", [], 1), LabelledFrame("drive", "a time", [], 7, 0.3, named=True)]
+    record = make_record("drive", folder, labels, {}, None)
+    assert [row["time"] for row in record["frames"]] == [0.0, 0.25, 0.75, 1.0]
+    assert record["bytes"] == sum(file.stat().st_size for file in folder.iterdir()) and record["files"]
+    with pytest.raises(DataError, match="label 5: 0 images in .*drive have the number 5"):
+        make_record("drive", folder, [LabelledFrame("drive", "label 5", [], 5, named=True)], {}, None)
+    record = make_record("drive", folder, labels[:1], {}, 490.0)  # numbers of a second, as of the video before
+    assert record["frames"][0]["time"] == 0.5
+    write_images(folder, frames[:1], "other_{}.png", start=98)
+    with pytest.raises(DataError, match="label 98: 2 images in .*drive have the number 98"):
+        make_record("drive", folder, labels[:1], {}, None)
+
+
+def test_folders_whose_names_hold_dots_are_told_apart():
+    frames = [LabelledFrame("2024.01.06", "x", []), LabelledFrame("drive.mov", "y", [])]
+    assert list(match_clips(frames, ["a/2024.01.05", "a/2024.01.06", "drive.mp4"])) == ["a/2024.01.06", "drive.mp4"]

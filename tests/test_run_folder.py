@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import images_of
 
 from training import loop
 from training.common import ConfigError, TrainingError, read_jsonl
@@ -886,9 +887,9 @@ def test_an_unfinished_stage_before_is_refused_with_what_is_missing(tmp_path):
 def test_entries_are_checked_too(tiny, tmp_path):
     def check(rows, modes=(), num_val_videos=1, **changes):
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        config = config_in(tmp_path, data=str(tmp_path / "rows.json"), video_root=str(tiny.videos),
-                           num_val_videos=num_val_videos, vision_model=str(tiny.vision), language_model=str(tiny.llm),
-                           **changes)
+        settings = {"video_root": str(tiny.videos), "vision_model": str(tiny.vision), "language_model": str(tiny.llm)}
+        config = config_in(tmp_path, data=str(tmp_path / "rows.json"), num_val_videos=num_val_videos,
+                           **(settings | changes))
         return loop.load_inputs(config, stage=1, modes=modes)
 
     both = {"microscope": ["A car."], "copilot": ["Car."]}
@@ -904,6 +905,14 @@ def test_entries_are_checked_too(tiny, tmp_path):
         with pytest.raises(ConfigError) as caught:
             check(rows, modes=("microscope", "copilot"))
         assert word in str(caught.value), str(caught.value)
+    images_of(tiny.videos / "car.mp4", tmp_path / "videos" / "car")
+    images_of(tiny.videos / "bus.mp4", tmp_path / "videos" / "bus")
+    rows = [{"video": "car"} | both, {"video": "bus"} | both]
+    train, held_out = check(rows, num_val_videos=1, video_root=str(tmp_path / "videos"))
+    assert len(train) == len(held_out) == 2
+    (tmp_path / "videos" / "empty").mkdir()
+    with pytest.raises(ConfigError, match="1 of 3 clips are missing"):
+        check([*rows, {"video": "empty"} | both], video_root=str(tmp_path / "videos"))
 
 
 def test_held_out_clips_may_have_a_file_of_their_own(tiny, tmp_path):

@@ -378,7 +378,8 @@ class EvaluateConfig(RewardKeys, DataKeys):
     nll_under: str = ""  # checkpoint under which the NLL of all answers is measured; default: stage2, if there is one
     slices: str = ""  # JSON, {clip: {"night": true, "weather": "rain"}}: parts of the clips to score; default: truth
     baseline: str = ""  # metrics.json of an earlier run: exit 1 where something got worse beyond its interval
-    clips: str = ""  # folder of clips without captions: ask about them instead of the held-out ones of `data`
+    # folder of clips without captions (or of images: one clip): ask about them instead of the held-out ones of `data`
+    clips: str = ""
     caption_metrics: bool = False  # also BLEU, ROUGE-L and CIDEr against the held-out captions
     probes: bool = False  # also ask two questions about each clip: one class that it shows, one that it does not
     # JSON list of twins, held-out clips with one object removed: how often is that object still named? See demo.world
@@ -443,7 +444,7 @@ class GenerateConfig(Config):
     """generate.py"""
 
     checkpoint: str = ""  # checkpoint or run folder of any stage
-    video: list[str] = field(default_factory=list)  # clips, or folders of clips
+    video: list[str] = field(default_factory=list)  # clips (files, or folders of images), or folders of clips
     video_reader: Literal["auto", "decord", "pyav"] = "auto"  # what decodes it; use the one of the training
     mode: str = "microscope"  # a mode of dataset.MODE_TABLE, or both
     question: str | None = None  # your own words instead of the mode's question

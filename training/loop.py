@@ -39,6 +39,7 @@ from dataset import (
     collate,
     find_bad_texts,
     group_by_clip,
+    is_clip,
     load_split,
     resolve_video,
     video_reader_problems,
@@ -134,7 +135,7 @@ def _entry_problems(config, train_entries, held_out, modes, min_modes):
     if missing_modes:
         found.append(f"data: {config.data} has no {' and no '.join(missing_modes)} entries")
     paths = {entry.video: resolve_video(config.video_root, entry.video) for entry in entries}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
+    missing = [str(path) for path in paths.values() if not is_clip(path)]
     if len(missing) > config.max_failed_share * len(paths):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         found.append(f"video_root: {len(missing)} of {len(paths)} clips are missing: {names}")
