@@ -357,6 +357,13 @@ def test_a_folder_of_images_has_the_boxes_of_its_video_until_it_changes(tiny, se
         change()
         assert not is_up_to_date(file, folder)
         assert detect_clips(names, videos, settings, cache) == {} and is_up_to_date(file, folder)
+    folder.rename(videos / "away")
+    assert not is_up_to_date(file, folder)
+    folder.mkdir()
+    assert not is_up_to_date(file, folder)
+    folder.rmdir()
+    (videos / "away").rename(folder)
+    assert is_up_to_date(file, folder)
     (folder / "000002.png").write_bytes(b"broken")
     failed = detect_clips(names, videos, settings, cache)
     assert failed == {"car.1": f"{folder}: 000002.png: not a readable JPEG or PNG image"}

@@ -347,10 +347,12 @@ def test_tensors_are_made_again_for_a_changed_folder(tmp_path):
 
     first = tensors.make("drive", brightness)
     assert torch.equal(tensors.read("drive"), first)
-    change_pixels(folder)
-    with pytest.raises(VideoError, match="holds nothing for it"):
-        tensors.read("drive")
-    assert not torch.equal(tensors.make("drive", brightness), first)
+    for change in (touch, change_pixels):
+        change(folder)
+        with pytest.raises(VideoError, match="holds nothing for it"):
+            tensors.read("drive")
+        second = tensors.make("drive", brightness)
+    assert not torch.equal(second, first)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
