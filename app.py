@@ -11,12 +11,13 @@ The page is for this machine alone (127.0.0.1), needs no network, and gives no a
 """
 
 import os
+import signal
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from training.common import DriveVLMError, fail, load_config, run_main
+from training.common import DriveVLMError, fail, is_other_base, load_config, run_main
 from training.config import AppConfig
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -26,11 +27,14 @@ import torch
 from transformers import TextIteratorStreamer
 
 from dataset import (
+    IMAGE_SUFFIXES,
     MODE_TABLE,
     VIDEO_SUFFIXES,
+    DataError,
     decode_frames,
     decode_sample,
     find_clips,
+    root_of_clips,
     video_reader_problems,
 )
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
@@ -48,9 +52,10 @@ QUESTION_LETTERS = 400
 def main(argv: list[str] | None = None) -> None:
     config = load_config(AppConfig, argv, default_config="configs/stage3.yaml", description=__doc__)
     clips, folders = check(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with nothing left behind
     with tempfile.TemporaryDirectory(prefix="drivevlm-app-") as uploads:
         # gradio reads these when it is imported: clips that are sent, and no word to its makers
-        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         models = {name: open_model(config, folder) for name, folder in folders.items()}
         page = build_page(Desk(config, clips, models))
         print(f"open http://127.0.0.1:{config.port} | {len(clips)} clips, {', '.join(models)} | Ctrl-C ends it",
@@ -64,13 +69,22 @@ def check(config) -> tuple[dict[str, Path], dict[str, Path]]:
     for text in config.checkpoint:
         try:
             folder, meta = read_checkpoint(text)
-            folders[f"Stage {meta['stage']} ({text})"] = folder
         except ModelError as error:
             problems.append(f"--checkpoint: {error}")
-    if Path(config.video_root).is_dir():
-        clips = {str(path.relative_to(config.video_root)): path for path in find_clips(config.video_root)}
-    if not clips:
-        problems.append(f"--video_root: no clip in {config.video_root} ({', '.join(sorted(VIDEO_SUFFIXES))})")
+            continue
+        folders[f"Stage {meta['stage']} ({text})"] = folder
+        for key in ("vision_model", "language_model"):
+            given, recorded = getattr(config, key), meta[key]["name"]
+            if given and is_other_base(recorded, given):
+                problems.append(f"{key}: {given}, but {text} was trained with {recorded}")
+    try:
+        for path in find_clips(config.video_root) if Path(config.video_root).is_dir() else ():
+            clips[os.path.relpath(path, root_of_clips(config.video_root))] = path
+        if not clips:
+            suffixes = ", ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+            problems.append(f"--video_root: no clip in {config.video_root} ({suffixes})")
+    except DataError as error:
+        problems.append(f"--video_root: {error}")
     if config.detect:
         problems += weights_problems(config.detector, "detector")
     if problems:

@@ -12,7 +12,8 @@ clip. A folder stands for the clips in it; a folder of images (drive_001/000001.
 stretches of a long drive, one after another. With --output, an interrupted run continues where it was. --detect lets a
 detector look for what the answer names: what it sees is green, what it does not is red, what it cannot tell yellow, and
 a line for each says when and where. --hedge 0.9 marks objects that are right with a probability below 0.9, by what
-evaluate.py --calibrate true measured. Exit code 1: some clips could not be read; they are named, the others are answered.
+evaluate.py --calibrate true measured. Exit code 1: some clips could not be read; they are named, the others are
+answered.
 """
 
 import hashlib

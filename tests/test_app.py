@@ -1,7 +1,10 @@
 """app.py in a browser: pick, ask, see, in every mode; broken clips, several people, what is out of reach."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -25,7 +28,8 @@ TEXT = "A red car ahead brakes. No bus is there."
 def flags(world, *more):
     return ["--checkpoint", *map(str, world.checkpoints), "--video_root", str(world.clips), "--dtype", "float32",
             "--detector.weights", str(world.detector), "--detector.image_size", "96", "--detector.num_frames", "3",
-            "--evidence_cache", str(world.root / "evidence"), "--max_upload_mb", "1", *map(str, more)]
+            "--evidence_cache", str(world.root / "evidence"), "--max_upload_mb", "1",
+            "--vision_model", "none", "--language_model", "none", *map(str, more)]
 
 
 @pytest.fixture(scope="module")
@@ -324,11 +328,47 @@ def test_all_that_is_wrong_is_said_at_once(world, capsys, tmp_path):
     with pytest.raises(ConfigError) as caught:
         app.check(load_config(AppConfig, ["--checkpoint", str(tmp_path), "--video_root", str(tmp_path),
                                           "--detector.weights", str(tmp_path / "no.pt")]))
+    with pytest.raises(ConfigError, match="vision_model: google/siglip2.* was trained with .*/vision"):
+        app.check(load_config(AppConfig, flags(world, "--vision_model", "google/siglip2-so400m-patch14-384")))
     text = str(caught.value)
     assert "--checkpoint: " in text and "--video_root: no clip in" in text and "no.pt" in text
     with pytest.raises(ConfigError, match="--checkpoint: must be given"):
         load_config(AppConfig, [])
     capsys.readouterr()
+
+
+def test_a_folder_of_images_can_be_picked(world, tmp_path):
+    (tmp_path / "drive_1").mkdir()
+    (tmp_path / "drive_1" / "1.png").write_bytes(b"")
+    config = load_config(AppConfig, [*flags(world), "--video_root", str(tmp_path)])
+    assert app.check(config)[0] == {"drive_1": tmp_path / "drive_1"}
+    config.video_root = str(tmp_path / "drive_1")
+    assert list(app.check(config)[0]) == ["drive_1"]
+
+
+def test_the_program_serves_the_page_and_leaves_nothing_behind(world, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    program = subprocess.Popen([sys.executable, "app.py", *flags(world, "--port", port)], cwd=app.__file__[:-6],
+                               env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert f"open http://127.0.0.1:{port}" in program.stdout.readline()
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                assert status(f"http://127.0.0.1:{port}/")[0] == 200
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < until
+                time.sleep(0.2)
+        assert list(tmp_path.glob("drivevlm-app-*"))
+        program.terminate()
+        assert program.wait(PATIENCE) in (0, 130)
+        assert not list(tmp_path.glob("drivevlm-app-*"))
+    finally:
+        program.kill()
 
 
 def test_a_port_that_is_taken_is_named(world, site, capsys):
