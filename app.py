@@ -33,6 +33,7 @@ from dataset import (
     DataError,
     decode_frames,
     decode_sample,
+    decode_times,
     find_clips,
     root_of_clips,
     video_reader_problems,
@@ -206,8 +207,9 @@ class Job(threading.Thread):
 
 @torch.no_grad()
 def say(model, clip: Path, question: str, limit: int, streamer):
-    frames = torch.from_numpy(decode_frames(clip, model.num_frames, model.image_size))[None]
-    return model.generate(frames, [question], max_new_tokens=limit, streamer=streamer)[0]
+    frames = torch.from_numpy(decode_frames(clip, model.num_frames, model.image_size))[None]  # [1, T, S, S, 3]
+    times = [decode_times(clip, model.num_frames)] if model.time_stamps else None
+    return model.generate(frames, [question], max_new_tokens=limit, times=times, streamer=streamer)[0]
 
 
 def problem(error) -> str:

@@ -8,6 +8,7 @@ frames of a clip and their cache (`Clip`, `read_frames`, `cached_frames`), and w
 
 import contextlib
 import csv
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -37,7 +38,7 @@ from PIL.Image import DecompressionBombError, Resampling
 from PIL.Image import open as open_image  # ultralytics replaces Image.open by one that installs packages
 from torch.utils.data import Dataset
 
-from training.common import DriveVLMError, replacing, stable_seed
+from training.common import DriveVLMError, replacing, stable_seed, write_json
 from training.config import WORDS
 from training.workers import in_child
 
@@ -187,6 +188,8 @@ class Entry:
     mode: str
     question: str
     captions: tuple[str, ...]
+    # of the frames that the model reads, where its prompts name them (`add_times`); (): the clip could not be read
+    times: tuple[float, ...] | None = None
 
 
 def load_entries(path, default_mode: str | None = None) -> list[Entry]:
@@ -631,26 +634,51 @@ def _encode_text(tokenizer, text: str, what: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def encode_prompt(tokenizer, question: str, num_visual_tokens: int) -> list[int]:
-    """Ids of everything before the answer: user turn's head, the video's placeholders, question, answer's head."""
+def encode_prompt(tokenizer, question: str, num_visual_tokens: int, times=None) -> list[int]:
+    """Ids of everything before the answer: user turn's head, the video's placeholders, question, answer's head.
+
+    times: None, or [T] of the clip's frames in seconds; each frame's placeholders then follow its time.
+    """
     pieces = chat_pieces(tokenizer)
-    video = [*pieces.vision_start, *[pieces.placeholder] * num_visual_tokens, *pieces.vision_end]
+    video = [*pieces.vision_start, *_video_ids(tokenizer, num_visual_tokens, times), *pieces.vision_end]
     return [*pieces.before_user, *video, *_encode_text(tokenizer, question, "the question"), *pieces.after_user]
 
 
-def encode_example(tokenizer, question: str, answer: str, num_visual_tokens: int, max_text_tokens: int) -> dict:
+def _video_ids(tokenizer, num_visual_tokens: int, times) -> list[int]:
+    """A placeholder for each visual token; with `times`, each frame's stand behind its time as text."""
+    placeholder = chat_pieces(tokenizer).placeholder
+    if not times:
+        return [placeholder] * num_visual_tokens
+    per_frame, left = divmod(num_visual_tokens, len(times))
+    if left:
+        raise DataError(f"{num_visual_tokens} visual tokens do not divide into {len(times)} frames")
+    ids = []
+    for seconds in times:
+        ids += [*_encode_text(tokenizer, time_stamp(seconds), "a time"), *[placeholder] * per_frame]
+    return ids
+
+
+def time_stamp(seconds: float) -> str:
+    """A frame's time in a prompt: 4 tokens below 10 s, 5 below 100 s, as Qwen3 splits it. No brackets as in Qwen3-VL's
+    "<2.1 seconds>" (arXiv 2511.21631): between visual tokens, nothing else can be meant."""
+    return f"{seconds:.1f}s"
+
+
+def encode_example(tokenizer, question: str, answer: str, num_visual_tokens: int, max_text_tokens: int,
+                   times=None) -> dict:
     """{"input_ids", "labels"}: lists of one length; labels are IGNORE_INDEX except for the answer and its end token.
 
-    `max_text_tokens` counts all tokens but the visual ones. An answer that does not fit is cut (`fit_answer`); the
-    end token always stays. Raises DataError where not even that has room, and for control tokens in the texts.
+    `max_text_tokens` counts all tokens but the visual ones and the frames' `times` ([T], or None). An answer that does
+    not fit is cut (`fit_answer`); the end token always stays. Raises DataError where not even that has room, and for
+    control tokens in the texts.
     """
-    return _encode_example(tokenizer, question, answer, num_visual_tokens, max_text_tokens)[0]
+    return _encode_example(tokenizer, question, answer, num_visual_tokens, max_text_tokens, times)[0]
 
 
-def _encode_example(tokenizer, question, answer, num_visual_tokens, max_text_tokens) -> tuple[dict, bool]:
+def _encode_example(tokenizer, question, answer, num_visual_tokens, max_text_tokens, times) -> tuple[dict, bool]:
     """(`encode_example`'s result, was the answer cut?)"""
-    prompt = encode_prompt(tokenizer, question, num_visual_tokens)
-    room = max_text_tokens - (len(prompt) - num_visual_tokens) - 1
+    prompt = encode_prompt(tokenizer, question, num_visual_tokens, times)
+    room = max_text_tokens - (len(prompt) - len(_video_ids(tokenizer, num_visual_tokens, times))) - 1
     if room < 0:
         raise DataError(
             f"max_text_tokens is {max_text_tokens}, but the prompt's text and the end token take "
@@ -1162,13 +1190,28 @@ def read_frames(path, num_frames: int, size: int, window: tuple[float, float] | 
     if size < MIN_FRAME_SIZE:
         raise DataError(f"frames must be at least {MIN_FRAME_SIZE} px per side, not {size}: decord breaks smaller ones")
     with Clip(path, (size, size)) as clip:
-        if window is None:
-            return clip.frames(clip.choose(num_frames))
-        starts = clip.times - clip.times[0]
-        inside = np.flatnonzero((starts >= window[0]) & (starts < window[1]))
-        if len(inside) == 0:
-            raise VideoError(path, f"no frame starts between {window[0]:g} and {window[1]:g} s")
-        return clip.frames(inside[spread_over_time(starts[inside], num_frames)])
+        return clip.frames(_choose(clip, num_frames, window))
+
+
+def read_times(path, num_frames: int, window: tuple[float, float] | None = None) -> tuple[float, ...]:
+    """When each of the frames of `read_frames` starts [T], in seconds from the first of them; raises VideoError.
+
+    In a window, the first one is not the clip's: a stretch is asked about like a clip of its own.
+    """
+    with Clip(path) as clip:
+        starts = clip.times[_choose(clip, num_frames, window)]
+        return tuple((starts - starts[0]).tolist())
+
+
+def _choose(clip: Clip, num_frames: int, window: tuple[float, float] | None) -> np.ndarray:
+    """Indices [T] of the frames to read."""
+    if window is None:
+        return clip.choose(num_frames)
+    starts = clip.times - clip.times[0]
+    inside = np.flatnonzero((starts >= window[0]) & (starts < window[1]))
+    if len(inside) == 0:
+        raise VideoError(clip.path, f"no frame starts between {window[0]:g} and {window[1]:g} s")
+    return inside[spread_over_time(starts[inside], num_frames)]
 
 
 def sample_clip(path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1186,19 +1229,25 @@ def sample_clip(path, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def decode_frames(path, num_frames: int, size: int, window: tuple[float, float] | None = None) -> np.ndarray:
     """`read_frames` in a process of its own, stopped after DECODE_TIMEOUT: a clip that hangs or crashes the decoder
     gives a VideoError too."""
-    frames, failure = in_child(lambda: read_frames(path, num_frames, size, window), DECODE_TIMEOUT)
+    return _decode(path, lambda: read_frames(path, num_frames, size, window))
+
+
+def decode_times(path, num_frames: int, window: tuple[float, float] | None = None) -> tuple[float, ...]:
+    """`read_times` in a process of its own, as `decode_frames`."""
+    return _decode(path, lambda: read_times(path, num_frames, window))
+
+
+def _decode(path, read):
+    result, failure = in_child(read, DECODE_TIMEOUT)
     if failure:
         raise VideoError(path, f"decoding {failure}")
-    return frames
+    return result
 
 
 def decode_sample(path, num_frames: int) -> tuple[float, np.ndarray, np.ndarray]:
     """(seconds of the clip, times [K], frames uint8 [K, H, W, 3]): `clip_seconds` and `sample_clip` in a process of
     their own, as in `decode_frames`."""
-    found, failure = in_child(lambda: (clip_seconds(path), *sample_clip(path, num_frames)[1:]), DECODE_TIMEOUT)
-    if failure:
-        raise VideoError(path, f"decoding {failure}")
-    return found
+    return _decode(path, lambda: (clip_seconds(path), *sample_clip(path, num_frames)[1:]))
 
 
 def cached_frames(path, num_frames: int, size: int, cache_dir, must_write: bool = False) -> np.ndarray:
@@ -1228,6 +1277,49 @@ def cached_frames(path, num_frames: int, size: int, cache_dir, must_write: bool 
     return frames
 
 
+def cached_times(path, num_frames: int, cache_dir) -> tuple[float, ...]:
+    """`decode_times` through the cache, where a clip's times have a small file of their own: frames that were stored
+    before stay valid. Raises VideoError."""
+    if cache_dir is None:
+        return decode_times(path, num_frames)
+    file, key = _cache_place(path, num_frames, "times", cache_dir)
+    file = file.with_suffix(".times")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["key"] == key and len(stored["times"]) == num_frames:
+            return tuple(map(float, stored["times"]))
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        pass  # none, or damaged
+    except OSError as error:
+        _warn_of_cache("read", cache_dir, error)
+    times = decode_times(path, num_frames)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"key": key, "times": times})
+    except OSError as error:
+        _warn_of_cache("write", cache_dir, error)
+    return times
+
+
+def add_times(entries: list[Entry], num_frames: int, video_root, cache_dir) -> list[Entry]:
+    """The entries with the times of the frames that a model reads; () where the clip cannot be read, which
+    `check_times` reports when it is its turn."""
+    times = {}
+    for video in {entry.video: None for entry in entries}:
+        try:
+            times[video] = cached_times(resolve_video(video_root, video), num_frames, cache_dir)
+        except VideoError:
+            times[video] = ()
+    return [dataclasses.replace(entry, times=times[entry.video]) for entry in entries]
+
+
+def check_times(entry: Entry) -> None:
+    """VideoError where `add_times` could not read the clip: its prompt would lack the times. To be called once its
+    frames were read, which as a rule says more about what is wrong with it."""
+    if entry.times == ():
+        raise VideoError(entry.video, "the times of its frames could not be read at the start")
+
+
 def _warn_of_cache(what: str, cache_dir, error: OSError) -> None:
     """Say once per process that the cache cannot be read or written."""
     if what not in _warned_of_cache:
@@ -1239,7 +1331,7 @@ def _warn_of_cache(what: str, cache_dir, error: OSError) -> None:
 _warned_of_cache = set()
 
 
-def _cache_place(path, num_frames: int, size: int, cache_dir) -> tuple[Path, str]:
+def _cache_place(path, num_frames: int, size: int | str, cache_dir) -> tuple[Path, str]:
     """(cache file, the key that it must hold); raises VideoError where there is no clip."""
     path = Path(path).resolve()
     key = json.dumps([str(path), *clip_state(path), num_frames, size, _reader_of(path)])
@@ -1379,13 +1471,14 @@ class VideoInstructDataset(Dataset):
             caption = draw.choice(entry.captions) if self.train else entry.captions[0]
             question = draw_question(entry, self.seed, epoch, self.wordings) if self.train else entry.question
             example, was_cut = _encode_example(self.tokenizer, question, caption, self.num_visual_tokens,
-                                               self.max_text_tokens)
+                                               self.max_text_tokens, entry.times)
             examples.append(example)
             cut += was_cut
         example = pack_examples(examples, placeholder_id(self.tokenizer)) if self.shared_prefix else examples[0]
         name = ", ".join(entry.id for entry in row)
         try:
             clip = self._read(row[0].video, draws[0])
+            check_times(row[0])
         except VideoError as error:
             example["labels"] = [IGNORE_INDEX] * len(example["labels"])
             return {"id": name, "error": str(error), "cut": 0, **self._nothing(), **example}

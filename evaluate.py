@@ -51,8 +51,8 @@ from dataset import (
     Entry,
     VideoError,
     cached_frames,
+    cached_times,
     encode_example,
-    encode_prompt,
     find_clips,
     load_split,
     resolve_video,
@@ -249,6 +249,7 @@ def ask(model, system: System, key: str, entries, config: EvaluateConfig, limits
     All clips' frames are held in memory: 40 clips of 16 frames at 384 px are 0.3 GB.
     """
     samples = max(system.num_samples, 1)
+    entries = model.with_times(entries, config.video_root, config.frame_cache)  # a control changes the frames alone
     videos = sorted({entry.video for entry in entries})
     frames = read_frames_of(videos, model, config, system.control)  # uint8 [N, T, S, S, 3]
     rows = []
@@ -261,6 +262,7 @@ def ask(model, system: System, key: str, entries, config: EvaluateConfig, limits
                 answers = model.generate(
                     frames[[videos.index(entry.video) for entry in batch]], [entry.question for entry in batch],
                     max_new_tokens=limit, num_samples=samples, seed=config.seed + start,
+                    times=[entry.times for entry in batch],
                     temperature=config.temperature if system.num_samples else 0.0)
                 seconds = (time.perf_counter() - begin) / len(answers)
                 for i, answer in enumerate(answers):  # the answers to one entry follow each other
@@ -319,9 +321,11 @@ def add_nll(rows: list[dict], entries, folder: Path, config: EvaluateConfig) -> 
     if not missing:
         return
     model = open_model(folder, config)
-    for entry in tqdm([entry for entry in entries if entry.id in missing], desc="NLL", unit="clip"):
+    asked_about = model.with_times([entry for entry in entries if entry.id in missing], config.video_root,
+                                   config.frame_cache)
+    for entry in tqdm(asked_about, desc="NLL", unit="clip"):
         visual = model.encode_video(read_frames_of([entry.video], model, config))[0]  # [N, D]
-        prompt = encode_prompt(model.tokenizer, entry.question, model.num_visual_tokens)
+        prompt = model.prompt_ids(entry.question, entry.times)
         ids, size = {}, config.eval_batch_size  # {answer: its ids}: systems often say the same
         for row in missing[entry.id]:
             ids[row["text"], row["ended"]] = answer_ids(model, entry.question, row)
@@ -574,6 +578,7 @@ def all_margins(config: EvaluateConfig, folders, entries, statements, asked) -> 
 
 def margins_under(folder: Path, config: EvaluateConfig, entries, statements, asked) -> list[dict]:
     model = open_model(folder, config)
+    entries = model.with_times(entries, config.video_root, config.frame_cache)
     return ask_statements(model, lambda video: read_frames_of([video], model, config), entries, statements, asked,
                           config.eval_batch_size)
 
@@ -615,16 +620,18 @@ def calibrations(config: EvaluateConfig, folders, rows_of, truth) -> dict[str, d
     found = {}
     for name, folder in folders.items():
         model = open_model(folder, config)
-        clips = functools.cache(lambda video, model=model: encode_clip(model, video, config))
-        judged = judge_gains(model, rows_of[name], truth, clips, config.eval_batch_size)
+        look = functools.cache(lambda video, model=model: encode_clip(model, video, config))
+        judged = judge_gains(model, rows_of[name], truth, look, config.eval_batch_size)
         found[name] = {"weights": weights_id(folder), "modes": calibration_of(judged)}
     return found
 
 
 @torch.no_grad()
-def encode_clip(model, video: str, config: EvaluateConfig) -> torch.Tensor:
-    """Visual tokens [N, D] of a clip."""
-    return model.encode_video(read_frames_of([video], model, config))[0]
+def encode_clip(model, video: str, config: EvaluateConfig):
+    """(visual tokens [N, D] of a clip, the times of its frames [T] where the model's prompts hold them, else None)."""
+    visual = model.encode_video(read_frames_of([video], model, config))[0]
+    path = resolve_video(config.video_root, video)
+    return visual, cached_times(path, model.num_frames, config.frame_cache) if model.time_stamps else None
 
 
 def evaluate(config: EvaluateConfig) -> dict:

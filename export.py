@@ -29,14 +29,14 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 import torch
 from safetensors.torch import save_file
 
-from dataset import MODE_TABLE, is_clip, read_frames, video_reader_problems
+from dataset import MODE_TABLE, is_clip, read_frames, read_times, video_reader_problems
 from evaluation.report import table
 from model import DriveVLM, ModelError, read_checkpoint
 from training.common import git_commit, write_json, write_text
 
 CARD = """# {title}
 
-A driving video-language model, made by stage {stage} of Drive-VLM. It reads {num_frames} frames of a dash-cam clip and
+A driving video-language model, made by stage {stage} of Drive-VLM. It reads {frames} of a dash-cam clip and
 answers at the granularity asked for:
 
 {questions}
@@ -145,8 +145,9 @@ def model_card(model: DriveVLM, meta: dict, config: ExportConfig) -> str:
         metrics = json.loads(Path(config.metrics).read_text(encoding="utf-8"))
         results = (f"From `{config.metrics}`; ± half of the 95% bootstrap interval over clips. The columns are "
                    f"explained in Drive-VLM's docs/evaluation.md.\n\n{table(metrics)}")
+    frames = f"{model.num_frames} frames{', each with its time,' if model.time_stamps else ''}"
     return CARD.format(
-        title=Path(config.output_dir).name, stage=meta["stage"], num_frames=meta["num_frames"], questions=questions,
+        title=Path(config.output_dir).name, stage=meta["stage"], frames=frames, questions=questions,
         language_model=meta["language_model"]["name"], vision_model=meta["vision_model"]["name"],
         tokens_per_frame=meta["tokens_per_frame"], dtype=meta["dtype"], num_trained=len(model.clips["trained"]),
         num_held_out=len(model.clips["held_out"]), commit=(meta.get("git_commit") or "unknown")[:10],
@@ -158,7 +159,8 @@ def write_prompt(model: DriveVLM, config: ExportConfig, folder: Path) -> None:
     """The embeddings of one clip and question, and what they are of."""
     question = config.question or MODE_TABLE[config.mode].question
     frames = read_frames(config.video, model.num_frames, model.image_size)
-    ids, _ = model.prompt_batch([question])  # [1, L]
+    times = read_times(config.video, model.num_frames) if model.time_stamps else None  # [T]
+    ids, _ = model.prompt_batch([question], [times])  # [1, L]
     with model.autocast():
         embeds = model.embed(ids, model.encode_video(torch.from_numpy(frames)[None]))[0]  # [L, D]
     name = f"{Path(config.video).stem}.{config.mode}"

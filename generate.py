@@ -38,6 +38,7 @@ from dataset import (
     VideoError,
     clip_seconds,
     decode_frames,
+    decode_times,
     find_clips,
     is_clip,
     video_reader_problems,
@@ -66,11 +67,13 @@ def main(argv: list[str] | None = None) -> int:
                 asked = {mode: row_of(config, clip, mode, window, key) for mode in modes}
                 left = {mode: row for mode, row in asked.items() if identity(row) not in done}
                 visual = encode(model, clip, window) if left else None  # [1, N, D]
+                times = decode_times(clip, model.num_frames, window) if left and model.time_stamps else None  # [T]
                 for row in left.values():
                     stream = alone and not (config.json or record or config.hedge) and sys.stdout.isatty()
-                    row |= answer(model, config, row, visual, stream)
+                    row |= answer(model, config, row, visual, times, stream)
                     if config.hedge:
-                        row |= hedge(model, row, visual[0], grey, steps[row["mode"]], config.hedge)
+                        prompt = model.prompt_ids(row["question"], times)
+                        row |= hedge(model, row, prompt, visual[0], grey, steps[row["mode"]], config.hedge)
                     if record:
                         row["receipts"] = receipts(row["text"], record, config.detector, clip_seconds(clip))
                     show(config, row, alone, stream)
@@ -176,8 +179,8 @@ def encode(model, clip: Path, window) -> torch.Tensor:
         return model.encode_video(torch.from_numpy(frames)[None])
 
 
-def answer(model, config, row: dict, visual, stream: bool) -> dict:
-    """The answer to a row's question; `stream`: prints it as it is written."""
+def answer(model, config, row: dict, visual, times, stream: bool) -> dict:
+    """The answer to a row's question; `times`: of the frames, or None; `stream`: prints it as it is written."""
     begin, streamer = time.perf_counter(), None
     if stream:
         from transformers import TextStreamer
@@ -185,14 +188,14 @@ def answer(model, config, row: dict, visual, stream: bool) -> dict:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     limit = config.max_new_tokens or MODE_TABLE[row["mode"] or "microscope"].max_new_tokens
     [said] = model.generate(None, [row["question"]], max_new_tokens=limit, temperature=config.temperature,
-                            seed=config.seed, visual=visual, streamer=streamer)
+                            seed=config.seed, visual=visual, times=[times], streamer=streamer)
     return {"text": said.text, "ended": said.ended, "tokens": len(said.ids), "frames": model.num_frames,
             "seconds": round(time.perf_counter() - begin, 3)}
 
 
-def hedge(model, row: dict, visual, grey, steps: list, target: float) -> dict:
+def hedge(model, row: dict, prompt, visual, grey, steps: list, target: float) -> dict:
     """{"mentions": the objects that an answer names, with their probabilities, "hedged": the text with marks}."""
-    [gains], mentions = mention_gains(model, [(row["question"], visual, row["text"])], grey), []
+    [gains], mentions = mention_gains(model, [(prompt, visual, row["text"])], grey), []
     for mention, gain in gains:
         chance = probability(steps, gain)
         mentions.append({"words": row["text"][mention.start:mention.end], "start": mention.start, "end": mention.end,

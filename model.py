@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, SiglipVisionConfig
 from transformers.utils import logging as hf_logging
 
-from dataset import IGNORE_INDEX, MODES, NOBODY, PREFIX, chat_pieces, encode_prompt, placeholder_id
+from dataset import IGNORE_INDEX, MODES, NOBODY, PREFIX, add_times, chat_pieces, encode_prompt, placeholder_id
 from training.common import DriveVLMError, git_commit, process_rank
 
 GROUPS = ("projector", "temporal", "lora", "vision", "llm")  # groups of parameters that a stage trains or freezes
@@ -502,7 +502,9 @@ def read_checkpoint(folder, expect_stage=None):
     needed = ("stage", "vision_model", "language_model", "num_frames", "tokens_per_frame", "dtype", "placeholder")
     problems = [f"drivevlm.json lacks {key!r}" for key in needed if key not in meta]
     meta.setdefault("pooling", 3)  # of checkpoints written before it was a key
-    types = {"stage": int, "num_frames": int, "pooling": int, "tokens_per_frame": int, "dtype": str, "prompts": dict}
+    meta.setdefault("time_stamps", False)  # the same
+    types = {"stage": int, "num_frames": int, "pooling": int, "tokens_per_frame": int, "time_stamps": bool,
+             "dtype": str, "prompts": dict}
     problems += [f"drivevlm.json: {key} is {meta[key]!r}" for key, kind in types.items()
                  if key in meta and (not isinstance(meta[key], kind) or kind is int and meta[key] < 1)]
     problems += [f"drivevlm.json: {key} is {meta[key]!r}, needs a name and a revision"
@@ -576,13 +578,15 @@ class DriveVLM(nn.Module):
 
     vision: VisionTower; llm: causal LM (a PeftModel after `add_lora`), both with their weights in `dtype`.
     base: {"vision_model": {"name", "revision"}, "language_model": {...}} as written to drivevlm.json.
+    time_stamps: in prompts, each frame's visual tokens follow its time.
     """
 
-    def __init__(self, vision, llm, tokenizer, *, num_frames, pooling, dtype, seed, base):
+    def __init__(self, vision, llm, tokenizer, *, num_frames, pooling, dtype, seed, base, time_stamps=False):
         super().__init__()
         if num_frames < 1:
             raise ModelError(f"num_frames is {num_frames}; at least 1")
         self.vision, self.llm, self.tokenizer, self.base = vision, llm, tokenizer, base
+        self.time_stamps = time_stamps
         self.dtype = DTYPES[dtype]  # of the frozen weights, and of autocast
         self.num_frames, self.image_size, self.pooling = num_frames, vision.config.image_size, pooling
         grid = check_pooling(vision.config, pooling)
@@ -617,15 +621,16 @@ class DriveVLM(nn.Module):
     # ---- building
 
     @classmethod
-    def from_base(cls, vision_model, language_model, *, num_frames=16, pooling=3, dtype="bfloat16", seed=42,
-                  device="cpu", vision_revision=None, language_revision=None):
+    def from_base(cls, vision_model, language_model, *, num_frames=16, pooling=3, time_stamps=False, dtype="bfloat16",
+                  seed=42, device="cpu", vision_revision=None, language_revision=None):
         """A fresh model on base models (folder or hub name); projector and temporal embedding drawn from `seed`."""
         return cls._build(vision_model, language_model, language_model, num_frames=num_frames, pooling=pooling,
-                          dtype=dtype, seed=seed, device=device, revisions=(vision_revision, language_revision))
+                          time_stamps=time_stamps, dtype=dtype, seed=seed, device=device,
+                          revisions=(vision_revision, language_revision))
 
     @classmethod
-    def _build(cls, vision_model, language_model, tokenizer_folder, *, num_frames, pooling, dtype, seed, device,
-               revisions, checkpoint=None):
+    def _build(cls, vision_model, language_model, tokenizer_folder, *, num_frames, pooling, time_stamps, dtype, seed,
+               device, revisions, checkpoint=None):
         vision_model, language_model = str(vision_model), str(language_model)
         if dtype not in DTYPES:
             raise ModelError(f"dtype is {dtype!r}; valid: {', '.join(DTYPES)}")
@@ -645,7 +650,8 @@ class DriveVLM(nn.Module):
         for key, name, revision, config in (("vision_model", vision_model, revisions[0], vision_config),
                                             ("language_model", language_model, revisions[1], llm_config)):
             base[key] = {"name": name, "revision": getattr(config, "_commit_hash", None) or revision}
-        return cls(vision, llm, tokenizer, num_frames=num_frames, pooling=pooling, dtype=dtype, seed=seed, base=base)
+        return cls(vision, llm, tokenizer, num_frames=num_frames, pooling=pooling, time_stamps=time_stamps, dtype=dtype,
+                   seed=seed, base=base)
 
     @classmethod
     def from_checkpoint(cls, folder, *, dtype=None, device="cpu", expect_stage=None, vision_model=None,
@@ -666,7 +672,8 @@ class DriveVLM(nn.Module):
         if meta.get("merged"):
             names[1], revisions[1] = str(folder), None
         model = cls._build(*names, folder, num_frames=meta["num_frames"], pooling=meta["pooling"],
-                           dtype=dtype or meta["dtype"], seed=0, device=device, revisions=revisions, checkpoint=folder)
+                           time_stamps=meta["time_stamps"], dtype=dtype or meta["dtype"], seed=0, device=device,
+                           revisions=revisions, checkpoint=folder)
         problems = []
         if model.tokens_per_frame != meta["tokens_per_frame"]:
             problems.append(f"it was trained with {meta['tokens_per_frame']} tokens per frame, the tower gives "
@@ -1011,9 +1018,22 @@ class DriveVLM(nn.Module):
 
     # ---- answers
 
-    def prompt_batch(self, questions):
-        """Left-padded prompts: (input_ids [B, L], attention_mask [B, L])."""
-        prompts = [encode_prompt(self.tokenizer, question, self.num_visual_tokens) for question in questions]
+    def with_times(self, entries, video_root, frame_cache):
+        """The entries (dataset.Entry) as this model is asked them: with the times of the frames that it reads, where
+        its prompts hold them."""
+        return add_times(entries, self.num_frames, video_root, frame_cache) if self.time_stamps else entries
+
+    def prompt_ids(self, question, times=None):
+        """Ids of a prompt; times: of the clip's frames in seconds [T] with `time_stamps`, else None."""
+        given, needed = 0 if times is None else len(times), self.num_frames if self.time_stamps else 0
+        if given != needed:
+            raise ModelError(f"a prompt of this model holds the times of {needed} frames, got {given}")
+        return encode_prompt(self.tokenizer, question, self.num_visual_tokens, times)
+
+    def prompt_batch(self, questions, times=None):
+        """Left-padded prompts: (input_ids [B, L], attention_mask [B, L]). times: for each of them, see `prompt_ids`."""
+        times = [None] * len(questions) if times is None else times
+        prompts = [self.prompt_ids(*asked) for asked in zip(questions, times, strict=True)]
         length = max(map(len, prompts))
         ids = torch.full((len(prompts), length), self.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -1024,12 +1044,13 @@ class DriveVLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, frames, questions, *, max_new_tokens, temperature=0.0, num_samples=1, seed=None, visual=None,
-                 streamer=None):
+                 times=None, streamer=None):
         """Answer each question about its clip -> list of Answer, `num_samples` in a row per question.
 
-        frames uint8 [B, T, S, S, 3], or visual [B, N, D] from `encode_video` (frames is then not read). temperature 0
-        is greedy. With a seed, answers are the same at every call with the same batch, and the global generator is left
-        alone. streamer: one of transformers', which is given the ids of a single answer as they are generated.
+        frames uint8 [B, T, S, S, 3], or visual [B, N, D] from `encode_video` (frames is then not read). times: B of
+        [T], see `prompt_ids`. temperature 0 is greedy. With a seed, answers are the same at every call with the same
+        batch, and the global generator is left alone. streamer: one of transformers', which is given the ids of a
+        single answer as they are generated.
         ModelError for numbers that make no sense.
         """
         if max_new_tokens < 1 or num_samples < 1 or temperature < 0:
@@ -1048,7 +1069,7 @@ class DriveVLM(nn.Module):
         # Of compiled blocks, transformers' cache would want a translation each.
         with self.decoding(), self.autocast(), torch.compiler.set_stance("force_eager"):
             visual = self.encode_video(frames) if visual is None else visual.to(self.device)
-            ids, mask = self.prompt_batch(questions)
+            ids, mask = self.prompt_batch(questions, times)
             embeds = self.embed(ids, visual)
             with nullcontext() if seed is None else seeded(seed, self.device):
                 out = self.causal_lm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
@@ -1112,6 +1133,7 @@ class DriveVLM(nn.Module):
             "num_frames": self.num_frames,
             "image_size": self.image_size,
             "pooling": self.pooling,
+            "time_stamps": self.time_stamps,
             "tokens_per_frame": self.tokens_per_frame,
             "num_visual_tokens": self.num_visual_tokens,
             "placeholder": self.tokenizer.convert_ids_to_tokens(self.placeholder_id),

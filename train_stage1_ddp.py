@@ -45,7 +45,8 @@ def build_model(config, checkpoint, device):
                                              **bases)
         else:
             model = DriveVLM.from_base(**bases, num_frames=config.num_frames, pooling=config.pooling,
-                                       dtype=config.dtype, seed=config.seed, device=device)
+                                       time_stamps=config.time_stamps, dtype=config.dtype, seed=config.seed,
+                                       device=device)
         if config.shared_prefix:
             check_shared_prefix(model.causal_lm)
         return model
@@ -99,7 +100,7 @@ def train(config, train_entries, held_out, run, checkpoint, signals):
             loop.log_losses(run, step, losses)
             run.draw_curves(loop.PANELS)
         if held_out and run.main and (last or step % config.sample_every == 0):
-            loop.show_answers(config, run, model, step, held_out, loop.frames_reader(config, model))
+            loop.show_answers(config, run, model, step, held_out_set.entries, loop.frames_reader(config, model))
         stopping = signals.requested(accelerator)
         if step > first_step and (last or stopping or step % config.save_every == 0):
             loop.save_checkpoint(config, run, accelerator, model, optimizer, step, 1, failed_clips)

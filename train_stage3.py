@@ -82,14 +82,12 @@ def train(config, reward, train_entries, held_out, run, checkpoint, signals):
     model, reference_hash = build_model(config, checkpoint, accelerator.device)
     loop.record_clips(config, model, train_entries, held_out)
     run.print(model.trainable_table())
+    prompts, held_out = (model.with_times(x, config.video_root, config.frame_cache) for x in (prompts, held_out))
     failed_clips = loop.FailedClips(config, run, len({entry.video for entry in [*prompts, *held_out]}))
     optimizer = loop.make_optimizer(model, {"lora": config.learning_rate})
     first_step, state = loop.restore(checkpoint, optimizer, failed_clips, accelerator.device)
     sampler = RolloutSampler(config, accelerator, model, run.folder, evidence, reward, failed_clips)
-    total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
-    run.print(f"stage 3 in {run.folder} on {accelerator.device} | {config.objective} | {len(prompts)} prompts, "
-              f"{len(held_out)} held out | {total_steps} steps of {sampler.prompts_per_step} prompts x "
-              f"{config.num_generations} answers of the {config.sample_from}")
+    total_steps = count_steps(config, run, sampler, prompts, held_out)
     sampler.usual_nll = state.get("usual_nll") or usual_nll(config, model, sampler, prompts, run.print)
     evaluations = Evaluations(config, run, sampler, held_out, state)
     save = functools.partial(
@@ -138,6 +136,15 @@ def find_prompts(config, train_entries, evidence):
     without = sum(value is None for value in evidence.values())
     print0(f"evidence: {without} of {len(evidence)} clips have none and are not used")
     return prompts
+
+
+def count_steps(config, run, sampler, prompts, held_out):
+    """Optimizer steps of the run, which is announced with them."""
+    total_steps = config.max_steps or max(1, config.epochs * len(prompts) // sampler.prompts_per_step)
+    run.print(f"stage 3 in {run.folder} on {sampler.accelerator.device} | {config.objective} | {len(prompts)} prompts, "
+              f"{len(held_out)} held out | {total_steps} steps of {sampler.prompts_per_step} prompts x "
+              f"{config.num_generations} answers of the {config.sample_from}")
+    return total_steps
 
 
 def build_model(config, checkpoint, device):

@@ -42,6 +42,7 @@ from training.common import ROOT, fail
 from training.config import Stage1Config, Stage2Config
 
 GIB = 2**30
+CLIP_SECONDS = 40.0  # BDD100K's
 aten = torch.ops.aten
 # operations that allocate by the shape of what they are given, or that look up single rows of it
 NOT_READ = {"embedding", "empty_like", "new_empty", "new_zeros", "zeros_like", "ones_like", "full_like"}
@@ -171,7 +172,7 @@ def build(config, stage, bases, fake=True):
         vision = VisionTower(AutoModel.from_config(vision_config, dtype=dtype))
         llm = AutoModelForCausalLM.from_config(llm_config, dtype=dtype)
         model = DriveVLM(vision, llm, tokenizer, num_frames=config.num_frames, dtype=config.dtype, seed=0, base={},
-                         pooling=getattr(config, "pooling", inherited["pooling"]))
+                         pooling=getattr(config, "pooling", inherited["pooling"]), time_stamps=config.time_stamps)
         if stage > 1:
             rank = getattr(config, "lora_r", (inherited["lora"] or {}).get("r"))
             model.add_lora(rank, 2 * rank, getattr(config, "lora_dropout", 0.0), seed=0)
@@ -259,6 +260,12 @@ class Optimizer:
         self.optimizer.step()
 
 
+def prompt_of(model, mode):
+    """A mode's prompt; where prompts hold the frames' times, that of a clip of CLIP_SECONDS."""
+    seconds = [CLIP_SECONDS * t / model.num_frames for t in range(1, model.num_frames + 1)]
+    return model.prompt_ids(MODES[mode], seconds if model.time_stamps else None)
+
+
 def supervised_batch(config, model, answers):
     """A batch of stages 1 and 2 with answers of so many tokens {mode: n}: rows of the longest answer, or of a clip with
     all answers behind it. All rows but the first are a token shorter, so there is padding."""
@@ -266,8 +273,8 @@ def supervised_batch(config, model, answers):
     for row in range(config.per_device_batch_size):
         examples = []
         for mode, tokens in answers.items():
-            prompt = encode_prompt(model.tokenizer, MODES[mode], model.num_visual_tokens)
-            room = config.max_text_tokens - (len(prompt) - model.num_visual_tokens)
+            prompt = prompt_of(model, mode)
+            room = config.max_text_tokens - len(encode_prompt(model.tokenizer, MODES[mode], 0))
             answer = [word] * (min(tokens, room) - (row > 0))
             examples.append({"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer})
         longest = max(examples, key=lambda example: len(example["labels"]))
@@ -308,7 +315,7 @@ def decode(meter, name, modes, group, shared_prefix, tokens, in_step=False):
     """The prompts' prefill and one of `tokens` decoding steps, `group` answers to a prompt; as `sample_groups` in
     stage3/rollout.py, and near what `generate` does, but for what is decided by the tokens sampled."""
     model = meter.model
-    prompts = [encode_prompt(model.tokenizer, MODES[mode], model.num_visual_tokens) for mode in modes]
+    prompts = [prompt_of(model, mode) for mode in modes]
     visual = made_up(model, (len(prompts), model.num_visual_tokens, model.head_weight.shape[1]), model.dtype)
     meter.ledger.add(visual)
 
@@ -341,7 +348,7 @@ def lengthen(decoder, tokens):
 
 def rollout_of(config, model, mode, answer_tokens, slot):
     """A prompt with answers of one length, as a step's sampling leaves it."""
-    prompt = encode_prompt(model.tokenizer, MODES[mode], model.num_visual_tokens)
+    prompt = prompt_of(model, mode)
     word = model.tokenizer.encode("a", add_special_tokens=False)[0]
     ids = [word] * (answer_tokens - 1) + [model.end_ids[0]]
     group = config.num_generations

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from bench.reward_attacks import changed
-from dataset import MODES, encode_prompt, load_split
+from dataset import MODES, load_split
 from model import DriveVLM
 from stage3.detect_objects import load_evidence
 from stage3.grpo import Group, completion_logps, load_reference
@@ -43,13 +43,14 @@ class Judge:
                                    config.frame_cache)
         sampler = SimpleNamespace(limits=answer_limits(config), prompts_per_rank=config.per_device_batch_size,
                                   read_clips=lambda asked: ({i: self.visual(e.video) for i, e in asked.items()}, []))
+        train = self.model.with_times(train, config.video_root, config.frame_cache)
         self.usual = usual_nll(config, self.model, sampler, train)
 
     @torch.no_grad()
     def worst(self, entry, texts: list[str]) -> list[float]:
         """`worst_nll` of texts as answers to an entry, in nats."""
         tokenizer = self.model.tokenizer
-        prompt = encode_prompt(tokenizer, entry.question, self.model.num_visual_tokens)
+        prompt = self.model.prompt_ids(entry.question, entry.times)
         ids = [[*tokenizer(text)["input_ids"], self.model.end_ids[0]] for text in texts]
         logps, _, mask = completion_logps(self.model, [Group(prompt, self.visual(entry.video), ids)],
                                           temperature=self.config.temperature)
@@ -122,6 +123,7 @@ def main(argv=None):
     evidence = load_evidence(config.evidence_cache, [*train, *held_out], config.detector)
     train = [entry for entry in train if evidence[entry.video]]
     judge = Judge(config, train)
+    held_out = judge.model.with_times(held_out, config.video_root, config.frame_cache)
     rollouts = Path(config.output_dir) / "rollouts.jsonl"
     records = list(read_jsonl(rollouts)) if rollouts.is_file() else []
     begin = (1 - LAST) * max((record["step"] for record in records), default=0)

@@ -47,6 +47,7 @@ def sample(config, entries, num_samples: int, batch_size: int):
     from model import DriveVLM
 
     model = DriveVLM.from_checkpoint(config.init_from, expect_stage=2)
+    entries = model.with_times(entries, config.video_root, config.frame_cache)
     limits, said = answer_limits(config), []
     for mode in MODES:
         rows = [entry for entry in entries if entry.mode == mode]
@@ -55,7 +56,8 @@ def sample(config, entries, num_samples: int, batch_size: int):
             frames = [cached_frames(resolve_video(config.video_root, e.video), model.num_frames, model.image_size,
                                     config.frame_cache) for e in batch]
             answers = model.generate(torch.from_numpy(np.stack(frames)), [e.question for e in batch], temperature=1.0,
-                                     max_new_tokens=limits[mode], num_samples=num_samples, seed=start)
+                                     max_new_tokens=limits[mode], num_samples=num_samples, seed=start,
+                                     times=[e.times for e in batch])
             said += [(batch[i // num_samples], answer.text) for i, answer in enumerate(answers)]
     return said
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import GREY, encode_prompt
+from dataset import GREY
 from stage3.grpo import Group, completion_logps
 from stage3.mentions import Mention, find_mentions
 from training.common import file_sha256
@@ -52,18 +52,17 @@ def grey_clip(model) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mention_gains(model, asked: list[tuple[str, torch.Tensor, str]], grey) -> list[list[tuple[Mention, float]]]:
-    """For each (question, visual tokens [N, D], answer): its mentions that are not denials, in the order of the text,
-    with what the clip adds to the log-probability of the words that name them and lead there, in nats.
+def mention_gains(model, asked: list[tuple[list[int], torch.Tensor, str]], grey) -> list[list[tuple[Mention, float]]]:
+    """For each (prompt's ids, visual tokens [N, D], answer): its mentions that are not denials, in the order of the
+    text, with what the clip adds to the log-probability of the words that name them and lead there, in nats.
 
     grey [N, D]: from `grey_clip`."""
     groups, blank, kept = [], [], []
-    for question, visual, text in asked:
+    for prompt, visual, text in asked:
         mentions = [mention for mention in find_mentions(text) if not mention.negated]
         encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         kept.append((mentions, encoded["offset_mapping"]))
         if mentions:
-            prompt = encode_prompt(model.tokenizer, question, model.num_visual_tokens)
             groups.append(Group(prompt, visual, [encoded["input_ids"]]))
             blank.append(Group(prompt, grey, [encoded["input_ids"]]))
     if not groups:
@@ -153,12 +152,18 @@ def calibration_of(judged: dict[str, list[Judged]]) -> dict[str, dict]:
     return found
 
 
-def judge_gains(model, rows: list[dict], truth, visual_of, size: int) -> dict[str, list[Judged]]:
-    """{mode: its mentions that the truth can judge} of rows of predictions.jsonl. visual_of(clip) -> [N, D]."""
+def judge_gains(model, rows: list[dict], truth, look, size: int) -> dict[str, list[Judged]]:
+    """{mode: its mentions that the truth can judge} of rows of predictions.jsonl.
+
+    look(clip) -> (its visual tokens [N, D], the times of its frames [T] or None)
+    """
     judged, grey = defaultdict(list), grey_clip(model)
     for start in range(0, len(rows), size):
-        batch = rows[start:start + size]
-        gains = mention_gains(model, [(row["question"], visual_of(row["video"]), row["text"]) for row in batch], grey)
+        batch, asked = rows[start:start + size], []
+        for row in batch:
+            visual, times = look(row["video"])
+            asked.append((model.prompt_ids(row["question"], times), visual, row["text"]))
+        gains = mention_gains(model, asked, grey)
         for row, mentions in zip(batch, gains, strict=True):
             known = truth[row["video"]]
             traps = {name for _, name, _ in known.traps}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import GREY, MODE_TABLE, Entry, RowError, encode_prompt, is_clip, resolve_video, video_stem
+from dataset import GREY, MODE_TABLE, Entry, RowError, is_clip, resolve_video, video_stem
 from evaluation.scoring import Truth, draw_clips, interval_of, mentioned, ratio
 from model import ModelError, check_shared_prefix
 from stage3.grpo import Group, completion_logps
@@ -124,7 +124,7 @@ def can_share_prefix(llm) -> bool:
 def log_likelihoods(model, entry: Entry, texts: list[str], visuals: list[torch.Tensor], batch_size: int) -> np.ndarray:
     """[visuals, texts]: log of the probability that the entry's caption goes on with a text, a mean over places in the
     caption, if the model is shown these visual tokens, [N, D] each."""
-    prompt = encode_prompt(model.tokenizer, entry.question, model.num_visual_tokens)
+    prompt = model.prompt_ids(entry.question, entry.times)  # whatever it is shown: the frames are what differs
     parts = sentences(entry.captions[0])
     last = max(len(parts) - 1, 1)  # nothing follows the last sentence
     places = np.linspace(1, last, min(PLACES, last)).round().astype(int).tolist()

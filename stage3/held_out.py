@@ -9,7 +9,7 @@ the same evidence and captions pay for answers to other frames. 0: what the mode
 
     swapped    another held-out clip. No answer is generated for this: greedy decoding gives a clip's answer wherever
                that clip is shown, so the answers to the other clips are scored once more
-    blank      grey frames: one answer per question
+    blank      grey frames: one answer per question (and per clip length, where prompts hold the frames' times)
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from collections import Counter
 import torch
 from accelerate.utils import gather_object
 
-from dataset import GREY, IGNORE_INDEX, MODES, encode_example, encode_prompt
+from dataset import GREY, IGNORE_INDEX, MODES, encode_example
 from stage3.grpo import Group, completion_logps, reference_policy
 from stage3.rollout import sample_groups
 from training.common import TrainingError
@@ -78,7 +78,7 @@ def caption_group(sampler, entry, tokens):
     """The entry's prompt with its first caption as the only completion."""
     model = sampler.model
     example = encode_example(model.tokenizer, entry.question, entry.captions[0], model.num_visual_tokens,
-                             sampler.config.max_text_tokens)
+                             sampler.config.max_text_tokens, entry.times)
     answer = [label for label in example["labels"] if label != IGNORE_INDEX]
     return Group(example["input_ids"][:-len(answer)], tokens, [answer])
 
@@ -90,18 +90,23 @@ def greedy(sampler, modes, prompts, visual) -> list[str]:
     return [answer.text for (answer,) in answers]
 
 
-def blank_answers(sampler, entries) -> dict[tuple[str, str], str]:
-    """{(mode, question): the greedy answer about grey frames}, divided among the ranks."""
+def blank_prompt(entry) -> tuple:
+    """What an entry asks about grey frames: (mode, question), with the frames' times where prompts hold them."""
+    return (entry.mode, entry.question, entry.times) if entry.times else (entry.mode, entry.question)
+
+
+def blank_answers(sampler, entries) -> dict[tuple, str]:
+    """{`blank_prompt`: the greedy answer about grey frames}, divided among the ranks. An unreadable clip has none."""
     model, accelerator, size = sampler.model, sampler.accelerator, sampler.config.eval_batch_size
-    questions = sorted({(entry.mode, entry.question) for entry in entries})
+    questions = sorted({blank_prompt(entry) for entry in entries if entry.times != ()})
     own = questions[accelerator.process_index::accelerator.num_processes]
     frames = torch.full((1, model.num_frames, model.image_size, model.image_size, 3), GREY, dtype=torch.uint8)
     visual = model.encode_video(frames) if own else None  # [1, N, D]
     answers = []
     for start in range(0, len(own), size):
         batch = own[start:start + size]
-        prompts = [encode_prompt(model.tokenizer, question, model.num_visual_tokens) for _, question in batch]
-        texts = greedy(sampler, [mode for mode, _ in batch], prompts, visual.expand(len(batch), -1, -1))
+        prompts = [model.prompt_ids(*asked) for _, *asked in batch]
+        texts = greedy(sampler, [mode for mode, *_ in batch], prompts, visual.expand(len(batch), -1, -1))
         answers += zip(batch, texts, strict=True)
     return dict(gather_object(answers))
 
@@ -129,7 +134,7 @@ def add_rewards(sampler, entries, own, answers, blank, sums):
         reward, _ = sampler.reward_of(entry, answers[i])
         sums["reward", entry.mode] += reward
         sums["answers", entry.mode] += 1
-        sums["gap_blank", entry.mode] += reward - sampler.reward_of(entry, blank[entry.mode, entry.question])[0]
+        sums["gap_blank", entry.mode] += reward - sampler.reward_of(entry, blank[blank_prompt(entry)])[0]
         if i in others:
             sums["gap_swapped", entry.mode] += reward - sampler.reward_of(entry, answers[others[i]])[0]
             sums["swapped", entry.mode] += 1

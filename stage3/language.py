@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from dataset import VideoError, encode_prompt
+from dataset import VideoError
 from stage3.grpo import has_variance, policy_logps, reference_policy
 from stage3.rollout import prompts_of_step, sample_groups
 from training.common import TrainingError, stable_seed
@@ -54,7 +54,7 @@ def usual_nll(config, model, sampler, prompts, log=print) -> dict[str, float] | 
             seeds = []
             for entry in batch:
                 seeds.append([stable_seed(config.seed, "usual", entry.id, k) for k in range(config.num_generations)])
-            asked = [encode_prompt(model.tokenizer, entry.question, model.num_visual_tokens) for entry in batch]
+            asked = [model.prompt_ids(entry.question, entry.times) for entry in batch]
             with reference_policy(model):
                 groups = sample_groups(model, asked, torch.stack(tokens[start:start + size]), seeds,
                                        [sampler.limits[mode]] * len(batch), temperature=config.temperature,

@@ -26,8 +26,8 @@ from dataset import (
     ClipTensors,
     Entry,
     VideoError,
+    check_times,
     draw_question,
-    encode_prompt,
 )
 from model import attention_mask, head_logits, sees
 from stage3.evidence import Evidence, evidence_dict
@@ -373,8 +373,7 @@ class RolloutSampler:
         seeds = []
         for slot in slots:
             seeds.append([stable_seed(config.seed, step, asked[slot].id, k) for k in range(config.num_generations)])
-        prompt_ids = [encode_prompt(self.model.tokenizer, asked[slot].question, self.model.num_visual_tokens)
-                      for slot in slots]
+        prompt_ids = [self.model.prompt_ids(asked[slot].question, asked[slot].times) for slot in slots]
         sampler = reference_policy(self.model) if config.sample_from == "reference" else contextlib.nullcontext()
         with sampler:
             answers = sample_groups(
@@ -394,7 +393,9 @@ class RolloutSampler:
         visual, errors = {}, []
         for slot, entry in asked.items():
             try:
-                visual[slot] = self.visual_tokens(entry.video)
+                tokens = self.visual_tokens(entry.video)
+                check_times(entry)
+                visual[slot] = tokens
             except VideoError as error:
                 errors.append(str(error))
         return visual, errors

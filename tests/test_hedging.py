@@ -56,8 +56,8 @@ def logps_by_hand(model, visual, text):
 
 def test_a_gain_is_of_the_objects_words_and_of_those_that_lead_there(model):
     clips, grey = [visual_of(model, seed) for seed in (1, 2)], visual_of(model, 0)
-    asked = [(MODES["copilot"], clips[0], TEXT), (MODES["copilot"], clips[1], "Nothing."),
-             (MODES["copilot"], clips[1], "Car ahead.")]
+    prompt = model.prompt_ids(MODES["copilot"])
+    asked = [(prompt, clips[0], TEXT), (prompt, clips[1], "Nothing."), (prompt, clips[1], "Car ahead.")]
     found = mention_gains(model, asked, grey)
     assert [[mention.object for mention, _ in mentions] for mentions in found] == [["person", "car"], [], ["car"]]
     for clip, text, mentions in ((clips[0], TEXT, found[0]), (clips[1], "Car ahead.", found[2])):
@@ -72,7 +72,7 @@ def test_a_gain_is_of_the_objects_words_and_of_those_that_lead_there(model):
 def test_a_clip_that_shows_nothing_adds_nothing(model):
     grey = grey_clip(model)
     assert grey.shape == (model.num_visual_tokens, model.head_weight.shape[1])
-    [mentions] = mention_gains(model, [(MODES["copilot"], grey, TEXT)], grey)
+    [mentions] = mention_gains(model, [(model.prompt_ids(MODES["copilot"]), grey, TEXT)], grey)
     assert [gain for _, gain in mentions] == pytest.approx([0.0, 0.0], abs=1e-3)
 
 
@@ -123,7 +123,7 @@ def test_only_what_the_truth_can_judge_is_counted(model):
     none = frozenset()
     truth = {"a": Truth(frozenset({"person", "car"}), none, traps=(("red light", "person", True),)),
              "b": Truth(frozenset({"person"}), none, unknown=frozenset({"car"})), "c": Truth(none, none)}
-    judged = judge_gains(model, rows, truth, lambda clip: visual_of(model, ord(clip)), size=2)
+    judged = judge_gains(model, rows, truth, lambda clip: (visual_of(model, ord(clip)), None), size=2)
     assert [(one.clip, one.right) for one in judged["copilot"]] == [
         ("a", True), ("a", True), ("b", True), ("c", False), ("c", False)]
     assert [one.trap for one in judged["copilot"]] == [True, False, False, False, False]

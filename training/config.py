@@ -112,6 +112,9 @@ class TrainKeys(BaseModelKeys, DataKeys):
     warmup: float = 0.03  # share of the steps over which the learning rate rises to its peak
     # share of the training prompts that are asked in another wording of their mode's question (dataset.MODE_TABLE)
     wordings: float = 0.5
+    # name each frame's time in the clip before its visual tokens in the prompt, such as 2.1s: 4 or 5 tokens per frame.
+    # Stage 1 decides; the later stages need the same value
+    time_stamps: bool = False
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     per_device_batch_size: int = 1  # clips per forward pass of one process
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step

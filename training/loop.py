@@ -35,6 +35,7 @@ from dataset import (
     VideoError,
     VideoInstructDataset,
     cached_frames,
+    check_times,
     clip_key,
     collate,
     find_bad_texts,
@@ -121,6 +122,8 @@ def _init_from_problems(config, stage):
     found = []
     if meta["num_frames"] != config.num_frames:
         found.append(f"num_frames: {config.num_frames}, but {folder} was trained with {meta['num_frames']}")
+    if meta["time_stamps"] != config.time_stamps:
+        found.append(f"time_stamps: {config.time_stamps}, but {folder} was trained with {meta['time_stamps']}")
     for key in ("vision_model", "language_model"):
         if is_other_base(meta[key]["name"], getattr(config, key)):
             found.append(f"{key}: {getattr(config, key)}, but {folder} was trained with {meta[key]['name']}")
@@ -271,6 +274,7 @@ def tower_features(config, accelerator, model, entries) -> ClipTensors | None:
 
 def make_dataset(config, model, entries, features=None, train: bool = True) -> VideoInstructDataset:
     """The entries as examples for `model`; `features`: what `tower_features` gave."""
+    entries = model.with_times(entries, config.video_root, config.frame_cache)
     return VideoInstructDataset(
         entries, model.tokenizer, video_root=config.video_root, num_frames=model.num_frames,
         image_size=model.image_size, num_visual_tokens=model.num_visual_tokens,
@@ -493,19 +497,22 @@ def frames_reader(config, model):
 
 def show_answers(config, run, model, step, entries, read_tokens):
     """Greedy answers about the first three held-out clips that can be read, in every mode. For rank 0."""
-    clips, references = {}, {}
+    clips, times, references = {}, {}, {}
     for entry in entries:
         references[entry.video, entry.mode] = entry.captions[0]
         if entry.video not in clips and len(clips) < 3:
             try:
-                clips[entry.video] = read_tokens(entry.video)
+                tokens = read_tokens(entry.video)
+                check_times(entry)
+                clips[entry.video], times[entry.video] = tokens, entry.times
             except VideoError as error:
                 run.print(f"skipped held-out clip | {error}")
     if not clips:
         return
     asked = [(video, mode) for video in clips for mode in MODES]
     answers = model.generate(None, [MODES[mode] for _, mode in asked], max_new_tokens=config.sample_tokens,
-                             visual=torch.stack([clips[video] for video, _ in asked]))
+                             visual=torch.stack([clips[video] for video, _ in asked]),
+                             times=[times[video] for video, _ in asked])
     lines, shown = [f"what the model says after step {step}"], None
     for (video, mode), answer in zip(asked, answers, strict=True):
         text = answer.text if answer.ended else answer.text + " [cut off]"

@@ -542,8 +542,9 @@ def sync_to_disk(folder, subfolders=True):
 # ---- another configuration than the checkpoint's ---------------------------------------------------------------------
 
 # What a checkpoint's weights and optimizer state were computed with. The model is built from the checkpoint, so other
-# values would be ignored (pooling, LoRA's) or would fit the weights by chance only (base models, frames).
-FIXED_KEYS = ("vision_model", "language_model", "num_frames", "pooling", "lora_r", "lora_alpha", "lora_dropout")
+# values would be ignored (pooling, time stamps, LoRA's) or would fit the weights by chance only (base models, frames).
+FIXED_KEYS = ("vision_model", "language_model", "num_frames", "pooling", "time_stamps", "lora_r", "lora_alpha",
+              "lora_dropout")
 
 FREE_KEYS = ("resume", "output_dir", "report_to")  # change nothing in the result, so a resumed run may change them
 
