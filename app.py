@@ -40,7 +40,7 @@ from dataset import (
 )
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
 from pages.render import film_strip, highlight, page_file, render
-from stage3.detect_objects import weights_problems
+from stage3.detect_objects import make_detector, weights_problems
 from stage3.evidence import clip_evidence, evidence_dict
 from stage3.receipts import lines, look, receipts
 from stage3.report import boxes_at, evenly
@@ -104,6 +104,7 @@ class Desk:
 
     def __init__(self, config, clips: dict[str, Path], models: dict[str, DriveVLM]):
         self.config, self.clips, self.models = config, clips, models
+        self.detector = make_detector(config.detector) if config.detect else None
         self.lock = threading.Lock()  # one answer at a time; held by the thread that writes it
 
     def clip_of(self, name, upload) -> Path:
@@ -140,10 +141,10 @@ class Desk:
             question, limit = self.question_of(how, question)
             film, record = self.frames(clip, None), None
             yield film, *answers.values()
-            if self.config.detect:
+            if self.detector:
                 # what was sent lies in a folder of its own, named by its content
                 cache = clip.parent / "evidence" if upload else self.config.evidence_cache
-                record = look(clip, self.config.detector, cache) | {"seconds": decode_sample(clip, 1)[0]}
+                record = look(clip, self.detector, cache) | {"seconds": decode_sample(clip, 1)[0]}
                 film = self.frames(clip, record)
             for each, model in self.models.items():
                 for html in self.answer(each, model, clip, question, limit, record):

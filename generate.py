@@ -45,7 +45,7 @@ from dataset import (
 )
 from evaluation.hedging import grey_clip, mark_unsure, mention_gains, probability, weights_id
 from model import DriveVLM, ModelError, read_checkpoint, resolve_dtype
-from stage3.detect_objects import weights_problems
+from stage3.detect_objects import make_detector, weights_problems
 from stage3.receipts import lines, look, paint, receipts
 
 
@@ -57,11 +57,12 @@ def main(argv: list[str] | None = None) -> int:
                                      vision_model=config.vision_model, language_model=config.language_model)
     if done:
         print(f"{config.output} holds {len(done)} answers already", file=sys.stderr)
+    detector = make_detector(config.detector) if config.detect else None
     grey = grey_clip(model) if config.hedge else None
     alone, failed = len(clips) * len(modes) == 1 and config.window is None, 0
     for clip in clips:
         try:
-            record = look(clip, config.detector, config.evidence_cache) if config.detect else None
+            record = look(clip, detector, config.evidence_cache) if detector else None
             windows = stretches(clip_seconds(clip), config.window, config.stride) if config.window else [None]
             for window in windows:
                 asked = {mode: row_of(config, clip, mode, window, key) for mode in modes}

@@ -230,7 +230,9 @@ def show_demo() -> None:
         ("stage2/curves.png", "stage 2 learning two granularities"),
     ]:
         print(f"    {OUT / path}    {what}")
-    print(f"    {PYTHON_SHOWN} -m tensorboard.main --logdir {OUT}    all curves\nAsk the result something:\n"
+    print(f"    {PYTHON_SHOWN} -m tensorboard.main --logdir {OUT}    all curves\n"
+          f"Ask stages 2 and 3 something on a page, or stage 3 here:\n"
+          f"    {PYTHON_SHOWN} app.py --config configs/demo/stage3.yaml --checkpoint {OUT}/stage2 {OUT}/stage3\n"
           f"    {PYTHON_SHOWN} generate.py --checkpoint {OUT}/stage3 --mode copilot "
           f"--video {OUT}/world/videos/<clip>.mp4")
 

@@ -172,11 +172,12 @@ def test_folders_that_are_not_clear_are_refused_and_broken_ones_named(world, dri
 
 def test_the_detector_looks_at_a_folder_of_images_from_inside_it(drives, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(receipts, "detect_clips", lambda videos, root, *rest: seen.append((videos, str(root))) or {})
+    monkeypatch.setattr(receipts, "detect_clips",
+                        lambda videos, root, *rest, **more: seen.append((videos, str(root))) or {})
     monkeypatch.setattr(receipts, "load_records", lambda cache, videos, settings: dict.fromkeys(videos, "record"))
     monkeypatch.chdir(drives / "drive_1")
     for clip in (drives / "drive_1", Path(".")):
-        assert receipts.look(clip, None, tmp_path) == "record"
+        assert receipts.look(clip, SimpleNamespace(settings=None), tmp_path) == "record"
     assert seen == [(["drive_1"], str(drives))] * 2
 
 
