@@ -144,7 +144,7 @@ class Desk:
             if self.detector:
                 # what was sent lies in a folder of its own, named by its content
                 cache = clip.parent / "evidence" if upload else self.config.evidence_cache
-                record = look(clip, self.detector, cache) | {"seconds": decode_sample(clip, 1)[0]}
+                record = look(clip, self.config.detector, cache, self.detector) | {"seconds": decode_sample(clip, 1)[0]}
                 film = self.frames(clip, record)
             for each, model in self.models.items():
                 for html in self.answer(each, model, clip, question, limit, record):

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     alone, failed = len(clips) * len(modes) == 1 and config.window is None, 0
     for clip in clips:
         try:
-            record = look(clip, detector, config.evidence_cache) if detector else None
+            record = look(clip, config.detector, config.evidence_cache, detector) if detector else None
             windows = stretches(clip_seconds(clip), config.window, config.stride) if config.window else [None]
             for window in windows:
                 asked = {mode: row_of(config, clip, mode, window, key) for mode in modes}

@@ -16,14 +16,14 @@ WORDS = {"supported": "seen", "contradicted": "not so", "unsupported": "not seen
          "negated": "said not to be there, and not seen"}
 
 
-def look(clip: Path, detector, cache) -> dict:
-    """What a detector (`make_detector`) sees in a clip, from the folder `cache` or now, as stage3/detect_objects.py
-    writes it; VideoError where it cannot read the clip."""
+def look(clip: Path, settings, cache, detector) -> dict:
+    """What the detector of these settings (`make_detector`) sees in a clip, from the folder `cache` or now, as
+    stage3/detect_objects.py writes it; VideoError where it cannot read the clip."""
     root, name = os.path.split(os.path.abspath(clip))  # "." is a folder of images too, and has no name
-    failed = detect_clips([name], root, detector.settings, cache, detector=detector)
+    failed = detect_clips([name], root, settings, cache, detector=detector)
     if failed:
         raise VideoError(clip, failed[name].removeprefix(f"{clip}: "))
-    return load_records(cache, [name], detector.settings)[name]
+    return load_records(cache, [name], settings)[name]
 
 
 def receipts(text: str, record: dict, settings, seconds: float) -> list[dict]:

@@ -177,7 +177,7 @@ def test_the_detector_looks_at_a_folder_of_images_from_inside_it(drives, tmp_pat
     monkeypatch.setattr(receipts, "load_records", lambda cache, videos, settings: dict.fromkeys(videos, "record"))
     monkeypatch.chdir(drives / "drive_1")
     for clip in (drives / "drive_1", Path(".")):
-        assert receipts.look(clip, SimpleNamespace(settings=None), tmp_path) == "record"
+        assert receipts.look(clip, None, tmp_path, None) == "record"
     assert seen == [(["drive_1"], str(drives))] * 2
 
 

@@ -79,7 +79,7 @@ class Seer:
 def seer(monkeypatch, tmp_path):
     weights = tmp_path / "x.pt"
     weights.write_bytes(b"x")
-    monkeypatch.setattr(stage3.detect_objects, "make_detector", Seer)
+    monkeypatch.setattr(generate, "make_detector", Seer)
     return ["--detect", "true", "--detector.weights", weights, "--detector.num_frames", 3, "--evidence_cache",
             tmp_path / "evidence"]
 
