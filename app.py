@@ -254,12 +254,15 @@ def build_page(desk: Desk):
 
 def launch(page, config, wait: bool = True):
     """Serve the page on this machine alone; with `wait` until Ctrl-C."""
+    import gradio as gr
+
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # its own lacks bold here
     page.queue(max_size=20)
     try:
         page.launch(
             server_name="127.0.0.1", server_port=config.port, share=False, inbrowser=False, quiet=True,
             max_file_size=f"{config.max_upload_mb}mb", prevent_thread_lock=not wait, show_error=False, ssr_mode=False,
-            footer_links=[], pwa=False, enable_monitoring=False,
+            footer_links=[], pwa=False, enable_monitoring=False, theme=gr.themes.Default(**fonts),
             css=page_file("style.css") + page_file("app.css"),
             js="() => document.body.classList.remove('dark')")  # our colours are for a light page
     except OSError as error:

@@ -25,7 +25,7 @@ from training.common import file_sha256
 
 LEAD = 3  # tokens before an object's words that count as leading to it
 FEWEST = 20  # mentions that a mode must have to be calibrated
-TARGETS = (0.8, 0.9, 0.95)  # of the report's table
+TARGETS = (0.8, 0.9, 0.95)  # probabilities whose worth is measured
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from stage3.mentions import find_mentions
 
 IN_DIFFERENCES = ("words", "recall", "safety_recall", "chair_i", "trap_told", "trap_invented", "wrong_claims", "order",
                   "nll")  # columns of the table of differences
+SURE = "0.9"  # probability in the tables of hedged answers; metrics.json has others, too
 PROBED = ("told", "statement", "swapped")  # ways in which a probe is answered
 
 
@@ -133,17 +134,17 @@ def twin_tables(metrics: dict) -> list[list[list[str]]]:
 
 
 def calibration_tables(metrics: dict) -> list[list[list[str]]]:
-    """Per mode: of the objects that each checkpoint names, the share that is right; and of those that are right with at
-    least 80, 90, 95% probability, what `check_on_halves` of evaluation/hedging.py says. None without `--calibrate`."""
+    """Per mode: of the objects that each checkpoint names, the share that is right; and of those that are right with a
+    probability of SURE, what `check_on_halves` of evaluation/hedging.py says. None without `--calibrate`."""
     tables, columns_of = [], {"kept": "kept", "right": "right", "told": "right ones kept",
                               "traps_told": "companions there kept"}
     for mode in metrics["words_in_range"]:
         rows = []
         for name, found in metrics.get("calibration", {}).items():
             if block := found["modes"].get(mode):
-                heads = [f"{target}: {what}" for target in block["targets"] for what in columns_of.values()]
-                rows = rows or [[f"{mode.capitalize()}, hedged", "objects", "right", *heads]]
-                shares = [found[key] for found in block["targets"].values() for key in columns_of]
+                rows = rows or [[f"{mode.capitalize()}, hedged", "objects", "right",
+                                 *(f"{SURE}: {what}" for what in columns_of.values())]]
+                shares = [block["targets"][SURE][key] for key in columns_of]
                 rows.append([name, str(block["mentions"]), f"{block['right']:.2f}",
                              *("–" if share is None else f"{share:.2f}" for share in shares)])
         tables += [rows] if rows else []
