@@ -197,7 +197,7 @@ def answer(model, config, row: dict, visual, times, stream: bool) -> dict:
 def hedge(model, row: dict, prompt, visual, grey, steps: list, target: float) -> dict:
     """{"mentions": the objects that an answer names, with their probabilities, "hedged": the text with marks}."""
     [gains], mentions = mention_gains(model, [(prompt, visual, row["text"])], grey), []
-    for mention, gain in gains:
+    for mention, gain, _ in gains:
         chance = probability(steps, gain)
         mentions.append({"words": row["text"][mention.start:mention.end], "start": mention.start, "end": mention.end,
                          "what": mention.object, "gain": gain, "probability": chance, "unsure": chance < target})

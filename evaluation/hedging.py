@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dataset import GREY
@@ -30,13 +31,14 @@ TARGETS = (0.8, 0.9, 0.95)  # probabilities whose worth is measured
 
 @dataclass(frozen=True)
 class Judged:
-    """One mention of a clip's answer: its gain in nats, whether it is right, and whether captions invent its class in
-    such a clip (`Truth.traps`)."""
+    """One mention of a clip's answer: its gain in nats, whether it is right, whether captions invent its class in such
+    a clip (`Truth.traps`), and the log-probability of its words, in nats."""
 
     clip: str
     gain: float
     right: bool
     trap: bool = False
+    logp: float = 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,9 +54,11 @@ def grey_clip(model) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mention_gains(model, asked: list[tuple[list[int], torch.Tensor, str]], grey) -> list[list[tuple[Mention, float]]]:
+def mention_gains(model, asked: list[tuple[list[int], torch.Tensor, str]], grey
+                  ) -> list[list[tuple[Mention, float, float]]]:
     """For each (prompt's ids, visual tokens [N, D], answer): its mentions that are not denials, in the order of the
-    text, with what the clip adds to the log-probability of the words that name them and lead there, in nats.
+    text, with what the clip adds to the log-probability of the words that name them and lead there, and with the
+    log-probability of those that name them, in nats.
 
     grey [N, D]: from `grey_clip`."""
     groups, blank, kept = [], [], []
@@ -68,13 +72,14 @@ def mention_gains(model, asked: list[tuple[list[int], torch.Tensor, str]], grey)
     if not groups:
         return [[] for _ in asked]
     shown, unseen = (completion_logps(model, rows, shared_prefix=False)[0] for rows in (groups, blank))  # [n, T]
-    added, found = iter((shown - unseen).tolist()), []
+    rows, found = iter(zip((shown - unseen).tolist(), shown.tolist(), strict=True)), []
     for mentions, places in kept:
-        row = next(added) if mentions else []
+        added, logps = next(rows) if mentions else ([], [])
         gains = []
         for mention in mentions:
             tokens = [i for i, (start, end) in enumerate(places) if start < mention.end and end > mention.start]
-            gains.append((mention, round(sum(row[max(0, tokens[0] - LEAD):tokens[-1] + 1]), 3)))
+            gain = sum(added[max(0, tokens[0] - LEAD):tokens[-1] + 1])
+            gains.append((mention, round(gain, 3), sum(logps[i] for i in tokens)))
         found.append(gains)
     return found
 
@@ -148,8 +153,20 @@ def calibration_of(judged: dict[str, list[Judged]]) -> dict[str, dict]:
     for mode, ones in judged.items():
         if len(ones) >= FEWEST:
             found[mode] = {"steps": calibrate(ones), "mentions": len(ones),
-                           "right": sum(one.right for one in ones) / len(ones), "targets": check_on_halves(ones)}
+                           "right": sum(one.right for one in ones) / len(ones), "targets": check_on_halves(ones),
+                           "auc_gain": separation(ones, "gain"), "auc_logp": separation(ones, "logp")}
     return found
+
+
+def separation(judged: list[Judged], name: str) -> float | None:
+    """The chance that a right mention has a higher gain (or logp) than a wrong one: 0.5 tells nothing. None where all
+    are right, or all wrong."""
+    values = np.array([getattr(one, name) for one in judged])
+    right = np.array([one.right for one in judged])
+    if right.all() or not right.any():
+        return None
+    above = values[right][:, None] - values[~right]  # [right, wrong]
+    return round(float((above > 0).mean() + (above == 0).mean() / 2), 4)
 
 
 def judge_gains(model, rows: list[dict], truth, look, size: int) -> dict[str, list[Judged]]:
@@ -167,11 +184,11 @@ def judge_gains(model, rows: list[dict], truth, look, size: int) -> dict[str, li
         for row, mentions in zip(batch, gains, strict=True):
             known = truth[row["video"]]
             traps = {name for _, name, _ in known.traps}
-            for mention, gain in mentions:
+            for mention, gain, logp in mentions:
                 verdict = known.verdict(mention.object)
                 if verdict != "unknown":
                     judged[row["mode"]].append(
-                        Judged(row["video"], gain, verdict == "supported", mention.object in traps))
+                        Judged(row["video"], gain, verdict == "supported", mention.object in traps, logp))
     return judged
 
 

@@ -142,9 +142,9 @@ def calibration_tables(metrics: dict) -> list[list[list[str]]]:
         rows = []
         for name, found in metrics.get("calibration", {}).items():
             if block := found["modes"].get(mode):
-                rows = rows or [[f"{mode.capitalize()}, hedged", "objects", "right",
+                rows = rows or [[f"{mode.capitalize()}, hedged", "objects", "right", "AUC of words", "AUC of gain",
                                  *(f"{SURE}: {what}" for what in columns_of.values())]]
-                shares = [block["targets"][SURE][key] for key in columns_of]
+                shares = [block["auc_logp"], block["auc_gain"], *(block["targets"][SURE][key] for key in columns_of)]
                 rows.append([name, str(block["mentions"]), f"{block['right']:.2f}",
                              *("–" if share is None else f"{share:.2f}" for share in shares)])
         tables += [rows] if rows else []

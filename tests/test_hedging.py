@@ -22,6 +22,7 @@ from evaluation.hedging import (
     mark_unsure,
     mention_gains,
     probability,
+    separation,
     weights_id,
 )
 from evaluation.report import calibration_tables
@@ -59,21 +60,22 @@ def test_a_gain_is_of_the_objects_words_and_of_those_that_lead_there(model):
     prompt = model.prompt_ids(MODES["copilot"])
     asked = [(prompt, clips[0], TEXT), (prompt, clips[1], "Nothing."), (prompt, clips[1], "Car ahead.")]
     found = mention_gains(model, asked, grey)
-    assert [[mention.object for mention, _ in mentions] for mentions in found] == [["person", "car"], [], ["car"]]
+    assert [[mention.object for mention, _, _ in mentions] for mentions in found] == [["person", "car"], [], ["car"]]
     for clip, text, mentions in ((clips[0], TEXT, found[0]), (clips[1], "Car ahead.", found[2])):
         shown, unseen = logps_by_hand(model, clip, text), logps_by_hand(model, grey, text)
-        for mention, gain in mentions:
+        for mention, gain, logp in mentions:
             own = [i for i, (_, (start, end)) in enumerate(shown) if start < mention.end and end > mention.start]
             span = range(max(0, own[0] - LEAD), own[-1] + 1)
             expected = sum(shown[i][0] - unseen[i][0] for i in span)
             assert gain == pytest.approx(expected, abs=2e-3) and abs(gain) > 0.01
+            assert logp == pytest.approx(sum(shown[i][0] for i in own), abs=1e-3)
 
 
 def test_a_clip_that_shows_nothing_adds_nothing(model):
     grey = grey_clip(model)
     assert grey.shape == (model.num_visual_tokens, model.head_weight.shape[1])
     [mentions] = mention_gains(model, [(model.prompt_ids(MODES["copilot"]), grey, TEXT)], grey)
-    assert [gain for _, gain in mentions] == pytest.approx([0.0, 0.0], abs=1e-3)
+    assert [gain for _, gain, _ in mentions] == pytest.approx([0.0, 0.0], abs=1e-3)
 
 
 def test_steps_rise_and_a_few_mentions_promise_nothing():
@@ -132,13 +134,21 @@ def test_only_what_the_truth_can_judge_is_counted(model):
     assert many["mentions"] == 5 * FEWEST and many["right"] == 0.6 and set(many["targets"]) == {"0.8", "0.9", "0.95"}
 
 
+def test_what_parts_right_from_wrong_is_found():
+    judged = [Judged("a", gain, right, logp=logp) for gain, right, logp in (
+        (3.0, True, 0.0), (2.0, True, -1.0), (1.0, False, -1.0), (2.0, False, 0.0))]
+    assert separation(judged, "gain") == (2 + 1 + 0.5) / 4 and separation(judged, "logp") == (0.5 + 1 + 0 + 0.5) / 4
+    assert separation(judged[:2], "gain") is None and separation(judged[2:], "gain") is None
+
+
 def test_the_table_says_what_each_promise_is_worth():
     shares = {"kept": 0.7, "right": None, "told": 0.5, "traps_told": 0.25}
-    block = {"mentions": 40, "right": 0.75, "targets": {"0.9": shares}}
+    block = {"mentions": 40, "right": 0.75, "targets": {"0.9": shares}, "auc_logp": 0.5, "auc_gain": 0.975}
     metrics = {"words_in_range": {"copilot": [1, 2]}, "calibration": {"s2": {"modes": {"copilot": block}}}}
     assert calibration_tables(metrics) == [[
-        ["Copilot, hedged", "objects", "right", "0.9: kept", "0.9: right", "0.9: right ones kept",
-         "0.9: companions there kept"], ["s2", "40", "0.75", "0.70", "–", "0.50", "0.25"]]]
+        ["Copilot, hedged", "objects", "right", "AUC of words", "AUC of gain", "0.9: kept", "0.9: right",
+         "0.9: right ones kept", "0.9: companions there kept"],
+        ["s2", "40", "0.75", "0.50", "0.97", "0.70", "–", "0.50", "0.25"]]]
     assert calibration_tables({"words_in_range": {"copilot": [1, 2]}}) == []
 
 
