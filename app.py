@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from training.common import DriveVLMError, fail, is_other_base, load_config, run_main
+from training.common import DriveVLMError, base_model_differences, fail, load_config, run_main
 from training.config import AppConfig
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -47,7 +47,7 @@ from stage3.report import boxes_at, evenly
 
 OWN_WORDS = "Own words"
 SHOWN_FRAMES = 8
-QUESTION_LETTERS = 400
+MAX_QUESTION_LENGTH = 400
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     clips, folders = check(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with nothing left behind
     with tempfile.TemporaryDirectory(prefix="drivevlm-app-") as uploads:
-        # gradio reads these when it is imported: clips that are sent, and no word to its makers
+        # gradio reads these when it is imported: the folder for uploads, telemetry off
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         models = {name: open_model(config, folder) for name, folder in folders.items()}
         page = build_page(Desk(config, clips, models))
@@ -74,10 +74,7 @@ def check(config) -> tuple[dict[str, Path], dict[str, Path]]:
             problems.append(f"--checkpoint: {error}")
             continue
         folders[f"Stage {meta['stage']} ({text})"] = folder
-        for key in ("vision_model", "language_model"):
-            given, recorded = getattr(config, key), meta[key]["name"]
-            if given and is_other_base(recorded, given):
-                problems.append(f"{key}: {given}, but {text} was trained with {recorded}")
+        problems += base_model_differences(config, meta, text)
     try:
         for path in find_clips(config.video_root) if Path(config.video_root).is_dir() else ():
             clips[os.path.relpath(path, root_of_clips(config.video_root))] = path
@@ -159,8 +156,8 @@ class Desk:
             if how == mode.capitalize():
                 return info.question, info.max_new_tokens
         question = (question or "").strip()
-        if not 0 < len(question) <= QUESTION_LETTERS:
-            raise DriveVLMError(f"Write a question, {QUESTION_LETTERS} letters at most.")
+        if not 0 < len(question) <= MAX_QUESTION_LENGTH:
+            raise DriveVLMError(f"Write a question, {MAX_QUESTION_LENGTH} characters at most.")
         return question, max(info.max_new_tokens for info in MODE_TABLE.values())
 
     def answer(self, name, model, clip, question, limit, record):
@@ -234,7 +231,8 @@ def build_page(desk: Desk):
                 upload = gr.File(label=f"or your own, up to {desk.config.max_upload_mb} MB", type="filepath",
                                  file_types=sorted(VIDEO_SUFFIXES), elem_id="upload", height=140)
                 how = gr.Radio(kinds, value=kinds[0], label="Answer", elem_id="how")
-                question = gr.Textbox(label="Question", max_length=QUESTION_LETTERS, visible=False, elem_id="question")
+                question = gr.Textbox(label="Question", max_length=MAX_QUESTION_LENGTH, visible=False,
+                                      elem_id="question")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=3, min_width=300):
                 film = gr.HTML(elem_id="film")
@@ -256,7 +254,8 @@ def launch(page, config, wait: bool = True):
     """Serve the page on this machine alone; with `wait` until Ctrl-C."""
     import gradio as gr
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # its own lacks bold here
+    # gradio's own font has no bold offline
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     page.queue(max_size=20)
     try:
         page.launch(

@@ -26,7 +26,16 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.common import fail, file_sha256, is_other_base, load_config, read_jsonl, run_main, write_json, write_text
+from training.common import (
+    base_model_differences,
+    fail,
+    file_sha256,
+    load_config,
+    read_jsonl,
+    run_main,
+    write_json,
+    write_text,
+)
 from training.config import EvaluateConfig
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -434,10 +443,7 @@ def open_checkpoints(config: EvaluateConfig, problems: list[str]) -> dict[str, P
             except ModelError as error:
                 problems.append(f"checkpoint: {name}: {error}")
                 continue
-            for key in ("vision_model", "language_model"):
-                given, recorded = getattr(config, key), meta[key]["name"]
-                if given and is_other_base(recorded, given):
-                    problems.append(f"{key}: {given}, but {folder} was trained with {recorded}")
+            problems += base_model_differences(config, meta, folder)
     if not config.checkpoint:
         problems.append("checkpoint: none given; use --checkpoint NAME=FOLDER [NAME=FOLDER ...]")
     if config.control and config.control not in names:

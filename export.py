@@ -3,17 +3,18 @@ tokenizer and a model card.
 
     python export.py --checkpoint output/stage3 --output_dir output/export --metrics output/evaluate/metrics.json
     python generate.py --checkpoint output/export --video drive.mp4 --mode copilot
-    python export.py --checkpoint output/export --output_dir output/prompt --video drive.mp4 --mode copilot
+    python export.py --checkpoint output/export --output_dir output/prompt --prompt_embeds true \\
+        --video drive.mp4 --mode copilot
 
 The folder is a model of transformers (`AutoModelForCausalLM.from_pretrained`) and, for our own programs, a checkpoint
 that no longer needs the base language model; the tower is still read by name. The adapter is added to the weights in
 float32, and the sum is rounded once to the checkpoint's number type. At full size, by arithmetic: 9 GB of memory (Qwen3
 in bfloat16, the tower, one layer in float32), no GPU, and 8.1 GB on disk.
 
-With --video, what is written is a prompt for an inference server that takes embeddings: <clip>.<mode>.safetensors with
-"prompt_embeds" [L, D] (question and clip, as the language model reads them) and <clip>.<mode>.json. vLLM takes such a
-tensor as `{"prompt_embeds": tensor}` where it is started with `--enable-prompt-embeds` and the exported folder as its
-model; we have not run vLLM.
+With --prompt_embeds, or --video alone, what is written is a prompt for an inference server that takes embeddings:
+<clip>.<mode>.safetensors with "prompt_embeds" [L, D] (question and clip, as the language model reads them) and
+<clip>.<mode>.json. vLLM takes such a tensor as `{"prompt_embeds": tensor}` where it is started with
+`--enable-prompt-embeds` and the exported folder as its model; we have not run vLLM.
 """
 
 import json
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        if config.video:
+        if config.prompt_embeds or config.video:
             write_prompt(model, config, work)
         else:
             write_model(model, meta, config, work)

@@ -113,7 +113,7 @@ def check(config) -> tuple[list[Path], list[str | None], str, set, dict]:
     if config.hedge and folder:
         steps = calibrated_steps(config, folder, modes, problems)
     if config.output and folder:
-        key = settings_key(config, folder)
+        key = settings_key(config, folder, steps)
         rows = read_jsonl(config.output) if Path(config.output).is_file() else []
         others = sum(row.get("key") != key for row in rows)
         if others:
@@ -145,10 +145,11 @@ def calibrated_steps(config, folder: Path, modes, problems: list[str]) -> dict[s
     return {mode: block["steps"] for mode, block in found.items()}
 
 
-def settings_key(config, folder: Path) -> str:
+def settings_key(config, folder: Path, steps) -> str:
     """Changes with the weights and with what else an answer depends on, the question and the clip aside."""
     content = [[file_sha256(file) for file in sorted(folder.rglob("*.safetensors"))], config.max_new_tokens,
-               config.temperature, config.seed, config.dtype, config.window, config.stride, config.detect, config.hedge]
+               config.temperature, config.seed, config.dtype, config.window, config.stride, config.detect, config.hedge,
+               steps]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

@@ -883,8 +883,8 @@ class DriveVLM(nn.Module):
             turn_off()
 
     def compile_blocks(self):
-        """Have torch.compile translate the LM's decoder blocks: one translation for all of them and for all lengths,
-        made where it is first used, which takes a minute or two. Results differ by rounding, and dropout draws other
+        """Compile each of the LM's decoder blocks with torch.compile, when it is first used, which takes a minute or
+        two. All blocks and all lengths share the compiled code. Results differ by rounding, and dropout draws other
         numbers.
 
         ModelError on a CPU without a C++ compiler. `generate` goes on without.
@@ -898,7 +898,7 @@ class DriveVLM(nn.Module):
             except exc.InvalidCxxCompiler as error:
                 raise ModelError("compile_blocks: torch.compile needs a C++ compiler on a CPU: install g++, or name "
                                  "one in the variable CXX") from error
-        torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else a block's number is a reason for its own code
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each layer_idx is compiled again
         blocks = next(child for child in self.causal_lm.get_decoder().children() if isinstance(child, nn.ModuleList))
         for block in blocks:
             block.compile(dynamic=True)
@@ -1066,7 +1066,7 @@ class DriveVLM(nn.Module):
             max_new_tokens=max_new_tokens, num_return_sequences=num_samples, eos_token_id=self.end_ids,
             pad_token_id=self.pad_token_id, suppress_tokens=self.banned_ids.tolist() or None, **options,
         )
-        # Of compiled blocks, transformers' cache would want a translation each.
+        # Compiled blocks would be compiled once more for each layer of transformers' own cache.
         with self.decoding(), self.autocast(), torch.compiler.set_stance("force_eager"):
             visual = self.encode_video(frames) if visual is None else visual.to(self.device)
             ids, mask = self.prompt_batch(questions, times)

@@ -265,7 +265,7 @@ def parse_args(argv=None):
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
                         help="recompute activations in the backward pass, in both arms")
     parser.add_argument("--compile_blocks", action="store_true",
-                        help="the key of this name, in both arms; translated in the warm-up")
+                        help="the key of this name, in both arms; compiled in the warm-up")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True,
                         help="also with half and double the prompt, generations and tokens")
     parser.add_argument("--out", type=Path, default=Path("output/bench/grpo_step.json"))

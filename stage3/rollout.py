@@ -37,7 +37,7 @@ from training.common import TrainingError, stable_seed
 from training.loop import clock, require_finite
 
 BLOCK = 512  # ids whose probabilities are summed first (`sample_tokens`)
-ROOM = 64  # decoding steps that a cache and its mask have room for
+SPARE_STEPS = 64  # decoding steps that a cache and its mask have room for
 
 
 @dataclass
@@ -131,9 +131,9 @@ def sample_tokens(logits, uniforms):
     return block[:, 0] * BLOCK + torch.searchsorted(inside, aim, right=True)[:, 0]
 
 
-class RoomyLayer(DynamicLayer):
-    """A decoder layer's cached keys and values [R, heads, K, head size] with room for ROOM more decoding steps: new
-    ones are written in their place, where transformers' DynamicLayer copies all that went before at every step."""
+class PreallocatedLayer(DynamicLayer):
+    """A decoder layer's cached keys and values [R, heads, K, head size], in tensors that have room for SPARE_STEPS more
+    decoding steps. transformers' DynamicLayer would copy the whole cache at every step."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ class RoomyLayer(DynamicLayer):
         length = old.shape[2] + new.shape[2]
         store = self.stores.get(name)
         if store is None or length > store.shape[2]:
-            store = old.new_empty(*old.shape[:2], length + (ROOM - 1) * new.shape[2], old.shape[3])
+            store = old.new_empty(*old.shape[:2], length + (SPARE_STEPS - 1) * new.shape[2], old.shape[3])
             store[:, :, :old.shape[2]] = old
             self.stores[name] = store
         store[:, :, old.shape[2]:length] = new
@@ -168,14 +168,15 @@ class RoomyLayer(DynamicLayer):
         self.stores.clear()
 
 
-class RoomyCache(DynamicCache):
-    """transformers' cache with room in its layers, but for those of another kind, such as a sliding window's."""
+class PreallocatedCache(DynamicCache):
+    """transformers' cache with preallocated layers; layers of another kind, such as a sliding window's, stay as they
+    are."""
 
     def __init__(self, config):
         super().__init__(config=config)
-        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
-    @torch.compiler.disable  # compiled blocks (model.compile_blocks) would want another translation as it grows
+    @torch.compiler.disable  # else compiled blocks (model.compile_blocks) are compiled again as it grows
     def update(self, *args, **options):
         return super().update(*args, **options)
 
@@ -200,7 +201,7 @@ class GroupDecoder:
         rows = list(zip(pads, prompts, strict=True))
         ids = torch.tensor([[model.pad_token_id] * n + prompt for n, prompt in rows], device=device)  # [P, L]
         self.owner = torch.tensor([[NOBODY] * n + [PREFIX] * len(prompt) for n, prompt in rows], device=device)
-        self.cache = RoomyCache(model.causal_lm.config)
+        self.cache = PreallocatedCache(model.causal_lm.config)
         hidden = model.hidden_states(model.embed(ids, visual), (self.owner == PREFIX).long(),
                                      past_key_values=self.cache, use_cache=True)[:, -1:]  # [P, 1, D]
         if not shared_prefix:
@@ -222,10 +223,10 @@ class GroupDecoder:
 
     def _visible(self):
         """The additive mask [R, 1, W, K] of a step. What is appended later is seen by its own column alone, so the mask
-        is made for ROOM steps at once."""
+        is made for SPARE_STEPS steps at once."""
         length = self.owner.shape[1]
         if self.mask is None or length > self.mask.shape[3]:
-            owner = torch.cat([self.owner, self.slots.repeat(1, ROOM - 1)], dim=1)
+            owner = torch.cat([self.owner, self.slots.repeat(1, SPARE_STEPS - 1)], dim=1)
             self.mask = attention_mask(sees(self.slots, owner), self.model.dtype)
         return self.mask[..., :length]
 

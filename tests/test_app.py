@@ -389,6 +389,6 @@ def test_a_question_is_a_modes_or_ones_own(site):
     for mode, info in MODE_TABLE.items():
         assert site.desk.question_of(mode.capitalize(), "ignored") == (info.question, info.max_new_tokens)
     assert site.desk.question_of(app.OWN_WORDS, "  Why? ")[0] == "Why?"
-    for bad in (None, "", "  ", "x" * (app.QUESTION_LETTERS + 1)):
+    for bad in (None, "", "  ", "x" * (app.MAX_QUESTION_LENGTH + 1)):
         with pytest.raises(app.DriveVLMError, match="Write a question"):
             site.desk.question_of(app.OWN_WORDS, bad)

@@ -106,6 +106,17 @@ def test_a_prompt_of_embeddings_gives_the_same_answer_in_transformers(checkpoint
         assert model.answer(ids).text == answer(checkpoint, tiny, capsys)
 
 
+def test_prompt_embeddings_are_of_a_clip(checkpoint, tiny, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="--video: must be given"):
+        run_export(checkpoint, tmp_path / "out", prompt_embeds="true")
+    video = sorted(tiny.videos.iterdir())[0]
+    for name, more in (("named", {"prompt_embeds": "true"}), ("implied", {})):
+        run_export(checkpoint, tmp_path / name, video=video, mode="copilot", **more)
+    named, implied = (sorted(path.read_bytes() for path in (tmp_path / name).iterdir())
+                      for name in ("named", "implied"))
+    assert named == implied and len(named) == 2
+
+
 def test_the_model_card_names_what_went_in(checkpoint, tiny, tmp_path):
     run_export(checkpoint, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

@@ -623,7 +623,7 @@ def graphs_made():
 
 
 def test_compiled_blocks_change_nothing_but_rounding(tiny):
-    """Gradients of the training pass; all blocks share one translation, and `generate` does without."""
+    """Gradients of the training pass; all blocks share the compiled code, and `generate` does without."""
     model, again = build(tiny), build(tiny)
     groups, (_, visual) = groups_of(model), prompts_of(model)
     again.activation_checkpointing(True)
@@ -800,14 +800,14 @@ def test_a_cache_with_room_gives_what_transformers_own_gives(model, monkeypatch,
     prompts, visual = prompts_of(model)
     asked = (model, prompts, visual, seeds_of(prompts, 4), [40, 9, 40])
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "RoomyLayer", DynamicLayer)
+        patch.setattr(rollout, "PreallocatedLayer", DynamicLayer)
         expected = completions_of(sample_groups(*asked, temperature=1.3, shared_prefix=shared_prefix))
-    monkeypatch.setattr(rollout, "ROOM", room)
+    monkeypatch.setattr(rollout, "SPARE_STEPS", room)
     assert completions_of(sample_groups(*asked, temperature=1.3, shared_prefix=shared_prefix)) == expected
 
 
 def test_a_token_is_written_in_its_place():
-    layer = rollout.RoomyLayer()
+    layer = rollout.PreallocatedLayer()
     parts = torch.randn(8, 2, 3, 5, 4)  # [steps, R, heads, n, head size]
     layer.update(parts[0], -parts[0])
     places = set()

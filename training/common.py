@@ -326,6 +326,17 @@ def is_other_base(recorded, name):
     return Path(recorded).resolve() != Path(name).resolve() and not moved
 
 
+def base_model_differences(config, meta, folder) -> list[str]:
+    """One line for each base model that `config` names and the checkpoint in `folder` was not trained with. meta: the
+    content of its drivevlm.json."""
+    found = []
+    for key in ("vision_model", "language_model"):
+        given, recorded = getattr(config, key), meta[key]["name"]
+        if given and is_other_base(recorded, given):
+            found.append(f"{key}: {given}, but {folder} was trained with {recorded}")
+    return found
+
+
 @functools.cache
 def git_commit() -> str:
     """The commit of this checkout, with '+changes' where tracked files differ; 'unknown' outside git."""

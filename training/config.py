@@ -119,8 +119,8 @@ class TrainKeys(BaseModelKeys, DataKeys):
     per_device_batch_size: int = 1  # clips per forward pass of one process
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
     activation_checkpointing: bool = True  # recompute activations in the backward pass to save memory
-    # have torch.compile translate the decoder blocks, which takes a minute at the start. Off until a GPU has shown a
-    # gain: on a CPU there is none
+    # compile the decoder blocks with torch.compile, which takes a minute at the start. Off until it is measured on a
+    # GPU: on a CPU it gains nothing
     compile_blocks: bool = False
     eval_every: int = 50  # steps between evaluations on the held-out clips (also before the first step, after the last)
     sample_every: int = 100  # steps between sample answers about three held-out clips
@@ -509,7 +509,8 @@ class ExportConfig(Config):
     checkpoint: str = ""  # checkpoint or run folder of any stage; with --video also an exported folder
     output_dir: str = ""  # folder to write, empty or not there
     metrics: str | None = None  # metrics.json of evaluate.py, for the model card
-    video: str | None = None  # write the prompt embeddings of this clip instead of the model
+    prompt_embeds: bool = False  # write the prompt embeddings of --video instead of the model; --video alone does, too
+    video: str | None = None  # the clip whose prompt embeddings are written
     video_reader: Literal["auto", "decord", "pyav"] = "auto"  # what decodes it; use the one of the training
     mode: str = "microscope"  # a mode of dataset.MODE_TABLE: what the clip's prompt asks
     question: str | None = None  # your own words instead of the mode's question
@@ -517,8 +518,8 @@ class ExportConfig(Config):
     language_model: str | None = None  # where the language model is now, if not where the checkpoint says
 
     def problems(self):
-        return super().problems() + [f"--{key}: must be given" for key in ("checkpoint", "output_dir")
-                                     if not getattr(self, key)]
+        needed = ("checkpoint", "output_dir", *(["video"] if self.prompt_embeds else []))
+        return super().problems() + [f"--{key}: must be given" for key in needed if not getattr(self, key)]
 
 
 @dataclass

@@ -49,9 +49,9 @@ from model import ModelError, base_model_problem, read_checkpoint, read_clips
 from training.common import (
     StopRun,
     TrainingError,
+    base_model_differences,
     cpu_count,
     fail,
-    is_other_base,
     process_rank,
     stable_seed,
     write_json,
@@ -124,10 +124,7 @@ def _init_from_problems(config, stage):
         found.append(f"num_frames: {config.num_frames}, but {folder} was trained with {meta['num_frames']}")
     if meta["time_stamps"] != config.time_stamps:
         found.append(f"time_stamps: {config.time_stamps}, but {folder} was trained with {meta['time_stamps']}")
-    for key in ("vision_model", "language_model"):
-        if is_other_base(meta[key]["name"], getattr(config, key)):
-            found.append(f"{key}: {getattr(config, key)}, but {folder} was trained with {meta[key]['name']}")
-    return found
+    return found + base_model_differences(config, meta, folder)
 
 
 def _entry_problems(config, train_entries, held_out, modes, min_modes):
