@@ -37,6 +37,7 @@ RESULTS = OUT / "results"
 DEMO_SEED = 42  # the demo's own run
 SEEDS = (42, 1, 2)
 FRESH_CLIPS, FRESH_SEED = 300, 7
+NEW_CLIPS, NEW_SEED, NEW_STEPS = 400, 11, 210  # clips for stage 3 that stage 2 was not trained on
 LONGER_STEPS = 440  # stage 2's 180 steps and as many more as take the time of stage 3
 OVER_STEPS, OVER_EVERY = 280, 35  # four times the steps of configs/demo/stage3.yaml
 DOSES = (5, 15, 30)  # percent
@@ -55,6 +56,8 @@ PLACEBOS = {
 }
 WEIGHTS = RewardKeys().reward_weights
 UNSTOPPED = ["--stop_when_blind", "none", "--max_kl", "none"]  # a run that goes wrong is a result too
+NEW = ["--data", f"{OUT}/new/captions.json", "--video_root", f"{OUT}/new/videos", "--evidence_cache",
+       f"{OUT}/evidence_new", "--max_steps", str(NEW_STEPS), "--eval_every", "105", "--save_every", "105"]
 EVALUATE = [PYTHON, "evaluate.py", "--config", f"{C}/stage3.yaml", "--data", f"{OUT}/world/captions.json", "--val_data",
             f"{OUT}/fresh/captions.json", "--video_root", f"{OUT}/fresh/videos", "--truth", f"{OUT}/fresh/truth.json",
             "--evidence_cache", f"{OUT}/evidence_fresh", "--eval_batch_size", "100"]
@@ -104,11 +107,14 @@ def seed_parts(seed: int) -> list[Part]:
                           "train_stage2.py", f"{C}/stage2.yaml"))
     for name, flags in BASELINES.items():
         parts.append(training(seed, name, f"{name} instead of GRPO", [*flags, *UNSTOPPED], (stage2, "detect"), 178))
-    names = ["stage2", "longer", *BASELINES, "stage3"]
+    parts.append(training(seed, "new", "stage 3 on clips new to stage 2", [*NEW, *UNSTOPPED], (stage2, "detect-new"),
+                          534))
+    names = ["stage2", "longer", *BASELINES, "stage3", "new"]
     systems = {name: folder_of(seed, name) for name in names}
-    pairs = [f"{name}:stage3" for name in ("stage2", "longer", "best-of-8", *BASELINES)]
+    pairs = [*(f"{name}:stage3" for name in ("stage2", "longer", "best-of-8", *BASELINES)), "stage2:new"]
     parts.append(evaluation(f"seed{seed}/table", f"Seed {seed}: all of them on {FRESH_CLIPS} fresh clips", systems,
-                            ["--best_of", "8", "--best_of_checkpoint", "stage2", "--compare", *pairs],
+                            ["--best_of", "8", "--best_of_checkpoint", "stage2", "--compare", *pairs, "--calibrate",
+                             "false"],
                             [part_name(seed, name) for name in names], len(names) + 9))
     return parts
 
@@ -182,14 +188,20 @@ def over_parts() -> list[Part]:
 
 
 def fresh_parts() -> list[Part]:
-    folder = OUT / "fresh"
+    folder, new = OUT / "fresh", OUT / "new"
     return [Part("fresh", f"{FRESH_CLIPS} fresh clips, and twins that lack an object",
                  [PYTHON, "-m", "demo.world", "--output_dir", str(folder), "--num_clips", str(FRESH_CLIPS), "--seed",
                   str(FRESH_SEED), "--held_out", "true", "--twins", "true"], folder, 30, needs=("world",)),
             Part("detect-fresh", "What the detector sees in them, to choose the best of 8 answers by",
                  [PYTHON, "-m", "stage3.detect_objects", "--config", f"{C}/stage3.yaml", "--data",
                   f"{folder}/captions.json", "--video_root", f"{folder}/videos", "--evidence_cache",
-                  f"{OUT}/evidence_fresh"], OUT / "evidence_fresh", 40, needs=("fresh", "detector"))]
+                  f"{OUT}/evidence_fresh"], OUT / "evidence_fresh", 40, needs=("fresh", "detector")),
+            Part("new", f"{NEW_CLIPS} clips for stage 3 that stage 2 has not seen",
+                 [PYTHON, "-m", "demo.world", "--output_dir", str(new), "--num_clips", str(NEW_CLIPS), "--seed",
+                  str(NEW_SEED)], new, 20, needs=("world",)),
+            Part("detect-new", "What the detector sees in them",
+                 [PYTHON, "-m", "stage3.detect_objects", "--config", f"{C}/stage3.yaml", *NEW[:6]],
+                 OUT / "evidence_new", 50, needs=("new", "detector"))]
 
 
 GROUPS = {"table": table_parts, "look": look_parts, "ablations": ablation_parts, "faults": fault_parts,

@@ -23,6 +23,8 @@ from demo.results import (
     DEMO_SEED,
     DOSES,
     FRESH_CLIPS,
+    NEW_CLIPS,
+    NEW_STEPS,
     OVER_EVERY,
     OVER_STEPS,
     PLACEBOS,
@@ -47,6 +49,7 @@ DOCS = Path("docs")
 COLUMNS = {"words": "words", "recall": "recall", "trap_told": "companions told", "trap_invented": "invented",
            "chair_i": "CHAIRi", "wrong_claims": "wrong claims", "nll": "NLL"}
 MODES = ("microscope", "copilot")
+WINDOW = 35  # steps
 BLUE, ORANGE, GREY = "#2563eb", "#d9480f", "#98a2b3"
 
 
@@ -83,6 +86,7 @@ def systems_table(metrics: dict, systems: list[str], mode: str, columns=COLUMNS)
 SYSTEMS = {"stage2": "stage 2", "longer": "stage 2, trained for as long as stages 2 and 3",
            "best-of-8": "best of 8 answers of stage 2, by the reward",
            **{name: f"{name.upper()}, same number of answers" for name in BASELINES}, "stage3": "**stage 3 (GRPO)**",
+           "new": f"stage 3 for {NEW_STEPS} steps on {NEW_CLIPS} clips that stage 2 has not seen",
            "reference": "held-out captions"}
 
 
@@ -107,13 +111,13 @@ def seeds_tables(runs: list[dict]) -> str:
     return text
 
 
-def difference_rows(runs: list[dict], mode: str, before: str) -> list[list[str]]:
-    """Change from `before` to stage 3 in each seed, paired over clips."""
+def difference_rows(runs: list[dict], mode: str, before: str, after: str) -> list[list[str]]:
+    """Change from one system to another in each seed, paired over clips."""
     rows = []
     for key, title in COLUMNS.items():
         cells = []
         for run in runs:
-            [pair] = [pair for pair in run["differences"] if (pair["before"], pair["after"]) == (before, "stage3")]
+            [pair] = [pair for pair in run["differences"] if (pair["before"], pair["after"]) == (before, after)]
             change, low, high = pair[mode][key]
             digits = 1 if key == "words" else 3
             text = f"{change:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
@@ -123,12 +127,13 @@ def difference_rows(runs: list[dict], mode: str, before: str) -> list[list[str]]
 
 
 def differences_section(runs: list[dict], seeds: list[int]) -> str:
-    text = ("### Paired differences\n\nStage 3 minus another system, each seed by itself, with the 95% interval over "
+    text = ("### Paired differences\n\nOne system minus another, each seed by itself, with the 95% interval over "
             "clips; bold where it leaves out 0.\n\n")
-    for before in ("stage2", "best-of-8", *BASELINES):
+    pairs = [*((before, "stage3") for before in ("stage2", "best-of-8", *BASELINES)), ("stage2", "new")]
+    for before, after in pairs:
         for mode in MODES:
-            head = [f"{mode.capitalize()}: stage 3 − {before}", *(f"seed {seed}" for seed in seeds)]
-            text += table(head, difference_rows(runs, mode, before)) + "\n"
+            head = [f"{mode.capitalize()}: {after} − {before}", *(f"seed {seed}" for seed in seeds)]
+            text += table(head, difference_rows(runs, mode, before, after)) + "\n"
     return text
 
 
@@ -136,7 +141,7 @@ def draw_tradeoff(runs: list[dict], file: Path) -> None:
     """What is told of the companions that are there, against what is invented of those that are not."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharex=True, sharey=True)
     for axis, mode in zip(axes, MODES, strict=True):
-        for name, marker in zip(SYSTEMS, "os^Dv*P", strict=False):
+        for name, marker in zip(SYSTEMS, "os^Dv*hP", strict=False):
             blocks = [run["systems"][name][mode] for run in runs if name in run["systems"]]
             if blocks:
                 colour, size = {"stage3": (BLUE, 190), "stage2": (ORANGE, 70)}.get(name, (GREY, 70))
@@ -151,6 +156,34 @@ def draw_tradeoff(runs: list[dict], file: Path) -> None:
     axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def contradicted(rollouts: Path) -> list[str]:
+    """Of what a run's sampled answers say of counts, colours, sides, lights and motion and the evidence decides: the
+    share that it contradicts, in the first and in the last WINDOW steps."""
+    records = [record for record in read_jsonl(rollouts) if "claims" in record]
+    last, shares = max(record["step"] for record in records), []
+    for first in (1, last - WINDOW + 1):
+        verdicts = []
+        for record in records:
+            if first <= record["step"] < first + WINDOW:
+                verdicts += [verdict for _, verdict, _, _ in record["claims"]]
+        wrong = verdicts.count("contradicted")
+        shares.append(f"{wrong / max(1, wrong + verdicts.count('supported')):.1%}")
+    return shares
+
+
+def contradicted_section(seeds: list[int]) -> str:
+    rows = []
+    for name, title in (("stage3", "stage 3, on clips that stage 2 was trained on"), ("new", "stage 3, on new clips")):
+        files = [folder_of(seed, name) / "rollouts.jsonl" for seed in seeds]
+        if all(file.is_file() for file in files):
+            rows.append([title, *(" → ".join(contradicted(file)) for file in files)])
+    if not rows:
+        return ""
+    return ("### What there is to learn about claims\n\nThe share of the sampled answers' claims about counts, "
+            "colours, sides, lights and motion that the evidence contradicts, of those that it decides: in the first "
+            f"{WINDOW} steps → in the last {WINDOW}.\n\n" + table(["", *(f"seed {seed}" for seed in seeds)], rows))
 
 
 def wordings_section(runs: list[dict]) -> str:
@@ -190,6 +223,7 @@ same seed's stage 2 and as many answers of it, or of its own, as stage 3 takes (
 ![companions told against invented](results_tradeoff.png)
 
 {differences_section(runs, done)}
+{contradicted_section(done)}
 {wordings_section(runs)}"""
 
 

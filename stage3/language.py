@@ -8,6 +8,7 @@ within that range is paid in full, one that is twice as far out is paid nothing.
 
 import itertools
 import math
+import statistics
 
 import torch
 
@@ -18,6 +19,7 @@ from training.common import TrainingError, stable_seed
 
 WORST_TOKENS = 3  # the mean of so many of an answer's worst tokens is what counts
 USUAL_PROMPTS = 8  # prompts of each mode that stage 2 answers, `num_generations` times, to measure what is usual
+USUAL_MEDIANS = 2.5  # x the median of these answers: what is further out is a slip, in the toy world one report in 16
 
 
 def worst_nll(logps, mask):
@@ -28,14 +30,18 @@ def worst_nll(logps, mask):
 
 
 def language_factor(worst, usual):
-    """What an answer is paid, in [0, 1]: 1 up to the largest `worst_nll` that is usual, 0 from twice that."""
+    """The share of its reward that an answer gets, in [0, 1]: 1 up to the `worst_nll` that is usual, 0 from twice
+    that."""
     return min(1.0, max(0.0, 2.0 - worst / max(usual, 1e-6)))
 
 
 @torch.no_grad()
 def usual_nll(config, model, sampler, prompts, log=print) -> dict[str, float] | None:
-    """{mode: the largest `worst_nll` of stage 2's own samples}: a function of the seed, the prompts and stage 2. None
-    where language is not judged."""
+    """{mode: the largest `worst_nll` of stage 2's own samples, and at most USUAL_MEDIANS x their median}: a function of
+    the seed, the prompts and stage 2. None where language is not judged.
+
+    With the largest alone, one sample that slips by 7 nats would make a dropped or doubled word usual.
+    """
     if not config.judge_language:
         return None
     modes = sorted(set(config.modes))
@@ -62,9 +68,9 @@ def usual_nll(config, model, sampler, prompts, log=print) -> dict[str, float] | 
             for answer in itertools.chain(*groups):
                 logps = torch.tensor([answer.logps])  # [1, T]
                 worst.append(worst_nll(logps, torch.ones_like(logps, dtype=torch.bool)).item())
-        usual[mode] = round(max(worst), 2)
+        usual[mode] = round(min(max(worst), USUAL_MEDIANS * statistics.median(worst)), 2)
     ranges = ", ".join(f"{nll:.2f} ({mode})" for mode, nll in usual.items())
-    log(f"sound language: the worst tokens of stage 2's own answers have an NLL of up to {ranges}")
+    log(f"sound language: the worst tokens of stage 2's own answers usually have an NLL of up to {ranges}")
     return usual
 
 

@@ -157,6 +157,7 @@ def metrics_of_a_run(systems, value):
     modes = {"microscope": block, "copilot": block}
     change = {key: [0.1, -0.2, 0.3] for key in keys} | {"recall": [-0.2, -0.3, -0.1]}
     pairs = [{"before": name, "after": "stage3", "microscope": change, "copilot": change} for name in systems]
+    pairs.append({"before": "stage2", "after": "new", "microscope": change, "copilot": change})
     systems = dict.fromkeys(systems, modes | {"mode_accuracy": 1.0, "mode_accuracy_unseen": 1 - value})
     asked = {"copilot": {"Short?": {"asked": 600, "right": 9, "broken": 2}, "In brief?": {"asked": 4, "right": 1,
                                                                                         "broken": 1}}}
@@ -194,7 +195,7 @@ def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, mo
     assert "| recall | **-0.200 [-0.300, -0.100]** | **-0.200 [-0.300, -0.100]** |" in page  # worse in both
     assert "| CHAIRi | +0.100 [-0.200, +0.300] |" in page
     assert "| **stage 3 (GRPO)** | 1.000 (1.000–1.000) | 0.700 (0.600–0.800) | 6 of 1,208 |" in page
-    assert "still watched" not in page
+    assert "still watched" not in page and "to learn about claims" not in page
     put("faults", ["stage2", *(f"dose{dose}" for dose in (0, 5, 15, 30)), "blind_person"], 0.1)
     put("ablations", ["stage2", "stage3"], 0.1)
     put("look", ["prior", "stage1", "stage2", "stage3", "blank", "stage3/blank"], 0.1)
@@ -210,7 +211,14 @@ def test_the_results_page_holds_what_was_run_and_names_what_was_not(tmp_path, mo
         (folder / "checkpoints" / "step-000280" / "run.json").write_text(state)
         rows = [json.dumps(row | {"eval_gap_swapped_microscope": gap}) for row in log]
         (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    verdicts = {1: ["supported", "contradicted", "unknown"], 36: ["supported"] * 3, 70: ["contradicted"]}
+    claims = {step: [["car colour red", verdict, 2, 5] for verdict in said] for step, said in verdicts.items()}
+    lines = [json.dumps({"step": step, "claims": said}) for step, said in claims.items()]
+    for folder in (results.folder_of(seed, name) for seed in (42, 1) for name in ("stage3", "new")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
     page = results_page.write_page([42, 1]).read_text()
+    assert "| stage 3, on new clips | 50.0% → 25.0% | 50.0% → 25.0% |" in page
     assert "Not run yet" not in page and "highest at step 70" in page
     assert page.count("| stage 3, seed 42 | 0 | ") == 1
     assert "| stage 3, seed 42 | 70 | 0.50 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |  |" in page
