@@ -171,10 +171,7 @@ class Desk:
             yield render("app_answer.html", name=name, text=text, done=False, lines=[], note="")
         said = job.result()
         found = receipts(said.text, record, self.config.detector, record["seconds"]) if record else []
-        spans = []
-        for row in found:
-            kind = "unsupported" if row["verdict"] == "contradicted" else row["verdict"]
-            spans.append((row["start"], row["end"], kind, f"{row['what']}: {row['verdict']}"))
+        spans = [(row["start"], row["end"], row["verdict"], f"{row['what']}: {row['verdict']}") for row in found]
         note = f"{len(said.ids)} tokens in {time.perf_counter() - begin:.1f} s"
         yield render("app_answer.html", name=name, text=highlight(said.text, spans), done=True, lines=lines(found),
                      note=note if said.ended else f"{note}, cut off")

@@ -180,7 +180,7 @@ def marked(text: str, truth: Truth):
         kind = "negated" if mention.negated else truth.verdict(mention.object)
         spans.append((mention.start, mention.end, kind, f"{mention.object}: {kind}"))
     for what, verdict, start, end in label_facts(text, truth.evidence) if truth.evidence else ():
-        spans.append((start, end, "unsupported" if verdict == "contradicted" else verdict, f"{what}: {verdict}"))
+        spans.append((start, end, verdict, f"{what}: {verdict}"))
     return highlight(text, spans)
 
 

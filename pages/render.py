@@ -63,13 +63,14 @@ def film_strip(frames, labels, boxes=None) -> list[dict]:
 
 
 def highlight(text: str, spans) -> Markup:
-    """The text with marks. `spans`: (start, end, kind, title), kind one of WORST_FIRST.
+    """The text with marks. `spans`: (start, end, kind, title), kind one of WORST_FIRST, or "contradicted", which looks
+    like "unsupported".
 
     Of several marks on one span the worst kind shows, with all titles; a span that overlaps an earlier one is skipped.
     """
     marks = {}
     for start, end, kind, title in spans:
-        marks.setdefault((start, end), []).append((kind, title))
+        marks.setdefault((start, end), []).append(("unsupported" if kind == "contradicted" else kind, title))
     parts, done = [], 0
     for (start, end), found in sorted(marks.items()):
         if start < done:

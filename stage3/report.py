@@ -85,9 +85,7 @@ def group_values(records: list[dict], config: Stage3Config) -> dict:
     answers = []
     for record in sorted(records, key=lambda record: -record["reward"]):
         spans = [(start, end, verdict, f"{name}: {verdict}") for name, verdict, start, end in record["mentions"]]
-        for what, verdict, start, end in record.get("claims", ()):
-            kind = "unsupported" if verdict == "contradicted" else verdict
-            spans.append((start, end, kind, f"{what}: {verdict}"))
+        spans += [(start, end, verdict, f"{what}: {verdict}") for what, verdict, start, end in record.get("claims", ())]
         answers.append({**record, "marked": highlight(record["text"], spans)})
     return {"video": first["video"], "mode": first["mode"], "colour": MODE_TABLE[first["mode"]].colour,
             "question": first.get("question", ""), "evidence": first["evidence"], "frames": frames,

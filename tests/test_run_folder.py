@@ -410,6 +410,15 @@ def test_keys_of_another_version_are_not_fixed(old_run, tmp_path):
     assert resume_in(tmp_path / "new", old_run)
 
 
+def test_a_run_from_before_time_stamps_has_none(old_run, tmp_path):
+    text = (old_run / "config.yaml").read_text()
+    assert "time_stamps: false\n" in text
+    (old_run / "config.yaml").write_text(text.replace("time_stamps: false\n", ""))
+    assert resume_in(old_run, "auto") == resume_in(tmp_path / "new", old_run)
+    with pytest.raises(ConfigError, match="time_stamps: was False, now True"):
+        resume_in(tmp_path / "new", old_run, time_stamps=True)
+
+
 def test_resume_from_a_path_needs_the_config_of_the_checkpoint(old_run, tmp_path):
     (old_run / "config.yaml").unlink()
     with pytest.raises(ConfigError, match="config.yaml is missing"):

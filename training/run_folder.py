@@ -565,6 +565,8 @@ def config_differences(config, folder) -> dict[str, tuple]:
         fail([f"resume: {path} is missing; it says what the checkpoints were made with, so put it back"])
     old = _dotted(OmegaConf.to_container(OmegaConf.load(path)))
     new = _dotted(dataclasses.asdict(config))
+    if "time_stamps" in new:
+        old.setdefault("time_stamps", False)  # runs from before there was the key have none
     pairs = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in {**new, **old}}
     return {key: pair for key, pair in pairs.items() if key not in FREE_KEYS and pair[0] != pair[1]}
 
