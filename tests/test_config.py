@@ -82,6 +82,9 @@ def test_flags_may_have_dashes_underscores_equals_signs_and_nested_keys():
     assert config.detector == Detector("b.pt", 640) and config.checkpoint == ["a=x", "b=y"]
     assert config.max_steps is None and config.output_dir == "with-dash" and config.activation_checkpointing is False
     assert config.limits == {"microscope": 3, "copilot": 7}
+    config = load_config(Config, ["--no-activation-checkpointing", "--max_steps", "null", "--checkpoint", "--epochs=2"])
+    assert (config.activation_checkpointing, config.max_steps, config.checkpoint) == (False, None, [])
+    assert load_config(Config, ["--activation_checkpointing"]).activation_checkpointing is True
 
 
 def test_yaml_may_hold_nested_mappings(tmp_path):
@@ -105,8 +108,8 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
     assert "dtype: Invalid value 'float16', expected one of ['auto', 'bfloat16', 'float32']" in text
     assert "unknown flag --num_frame (did you mean 'num_frames'?)" in text
     assert "unknown flag --detector.wieghts (did you mean 'detector.weights'?)" in text
-    assert "--seed: invalid literal for int() with base 10: '1.5'" in text
-    assert "invalid choice 'x' for argument '--dtype'. Expected one of ('auto', 'bfloat16', 'float32')." in text
+    assert "--seed: Value '1.5' of type 'str' could not be converted to Integer" in text
+    assert "--dtype: Invalid value 'x', expected one of ['auto', 'bfloat16', 'float32']" in text
     assert "'stray' belongs to no flag" in text
 
 
@@ -117,9 +120,12 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
     (["--max_grad_norm", "inf"], "command line: --max_grad_norm must be a finite number, got inf"),
     (["--seed", "-1"], "command line: --seed must be at least 0 and below 2**63, got -1"),
     (["--split_seed", "-1"], "command line: --split_seed must be at least 0 and below 2**63, got -1"),
-    (["--activation_checkpointing", "perhaps"], "'perhaps' belongs to no flag"),
-    (["--report_to", "mlflow"], "('tensorboard', 'trackio', 'wandb', 'none')"),
-    (["--seed"], "Missing value for argument '--seed'"),
+    (["--activation_checkpointing", "perhaps"], "--activation_checkpointing: Value 'perhaps' is not a valid bool"),
+    (["--report_to", "mlflow"], "--report_to: Invalid value 'mlflow', expected one of ['tensorboard', 'trackio', 'wa"),
+    (["--seed"], "command line: --seed: the value is missing"),
+    (["--seed", "3", "4"], "command line: '4' belongs to no flag"),
+    (["--max_new_tokens.sketch", "9"], "unknown flag --max_new_tokens.sketch (did you mean"),
+    (["--no_seed"], "unknown flag --no_seed (did you mean 'seed'?)"),
     (["--lr", "1e-3"], "unknown flag --lr (did you mean 'learning_rate'?)"),
     (["--config", "nowhere.yaml"], "config file nowhere.yaml not found"),
 ])

@@ -14,8 +14,6 @@ import difflib
 import errno
 import functools
 import hashlib
-import io
-import itertools
 import json
 import math
 import os
@@ -153,7 +151,7 @@ def load_config(cls, argv=None, *, default_config=None, description=None):
     (`cls.every_key()`), which are ignored. `cls.problems()` checks values. Unknown keys, wrong types and bad values
     come in one message on stderr with exit code 2 (ConfigError). `--help` lists every key.
     """
-    import tyro
+    from omegaconf import OmegaConf
 
     if argv is None:
         sys.excepthook = _quiet_ctrl_c  # while torch is imported, before `run_main`
@@ -161,28 +159,19 @@ def load_config(cls, argv=None, *, default_config=None, description=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=ROOT / default_config if default_config else None)
     known, argv = first.parse_known_args(argv)
-    problems = []
-    config = _read_yaml(cls, Path(known.config), problems) if known.config else cls()
+    config, problems = OmegaConf.structured(cls), []
+    if known.config:
+        _read_yaml(config, cls, Path(known.config), problems)
     if {"-h", "--help"} & set(argv):
+        import tyro
+
         about = f"{description or ''}\n--config FILE reads a YAML file with these keys (default: {default_config})."
         with reader_may_leave():
-            tyro.cli(cls, args=["--help"], default=config, description=about, use_underscores=True)
+            tyro.cli(cls, args=["--help"], default=OmegaConf.to_object(config), description=about, use_underscores=True)
     for name, values in _split_flags(argv):
-        if len(values) == 1 and values[0].startswith("{"):  # a table, as in YAML: tyro only changes entries
-            config = _read_table(cls, config, name[2:].replace("-", "_"), values[0], problems)
-            continue
-        flag = _as_tyro_spells_it(config, name, values)
-        try:  # one flag at a time, as tyro stops at the first problem
-            with contextlib.redirect_stderr(io.StringIO()) as message:
-                config = tyro.cli(cls, args=flag, default=config, use_underscores=True)
-        except SystemExit:
-            lines = [line.strip("│ ─-") for line in message.getvalue().splitlines()[1:]]  # tyro's title and rules
-            text = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
-            if text.startswith("Unrecognized"):
-                text = f"unknown flag {name}{_nearest(name[2:], config)}"
-                if not name or name[2:] in _keys(config):
-                    text = f"{values[0]!r} belongs to no flag"
-            problems.append(f"command line: {text}")
+        if problem := _read_flag(config, name, values):
+            problems.append(f"command line: {problem}")
+    config = OmegaConf.to_object(config)
     problems = problems or [f"command line: --{text}" for text in impossible_values(dataclasses.asdict(config))]
     if problems := problems or config.problems():
         fail(problems)
@@ -195,13 +184,13 @@ def _quiet_ctrl_c(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
-def _read_yaml(cls, path, problems):
-    """An instance of `cls` with the values of a YAML file; what is wrong with it is added to `problems`."""
+def _read_yaml(config, cls, path, problems):
+    """Set the keys of `config` (of OmegaConf) that a YAML file gives; what is wrong with it is added to `problems`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    config, content = OmegaConf.structured(cls), {}
+    content = {}
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(content, dict):
@@ -213,47 +202,67 @@ def _read_yaml(cls, path, problems):
         content = {}
     for key, value in content.items():
         if key not in cls.every_key():
-            problems.append(f"{path}: unknown key {key}{_nearest(str(key), cls)}")
+            problems.append(f"{path}: unknown key {key}{_nearest(str(key), _keys(config))}")
         elif key in cls.__dataclass_fields__:
             try:
-                config = _with_value(cls, config, key, value)
+                _set_value(config, key, value)
             except (ValueError, OmegaConfBaseException) as error:
                 problems.append(f"{path}: {key}: {str(error).splitlines()[0]}")
-    config = OmegaConf.to_object(config)
-    problems += [f"{path}: {text}" for text in impossible_values(dataclasses.asdict(config))]
-    return config
+    problems += [f"{path}: {text}" for text in impossible_values(OmegaConf.to_container(config))]
 
 
-def _read_table(cls, config, key, text, problems):
-    """`config` with the table that a flag gives, `--reward_weights "{objects: 1}"`, in place of its old one."""
+def _split_flags(argv):
+    """["--a", "1", "2", "--b-c=3"] -> [("a", ["1", "2"]), ("b_c", ["3"])]; a value without a flag has the name ""."""
+    flags = []
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            flags.append((name.replace("-", "_"), [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(arg)
+        else:
+            flags.append(("", [arg]))
+    return flags
+
+
+def _read_flag(config, name, values) -> str | None:
+    """Set the key of `config` (of OmegaConf) that a flag gives, `--detector.weights x.pt` and `--no_augment` too;
+    returns what is wrong with it."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if key not in cls.__dataclass_fields__:
-        problems.append(f"command line: unknown flag --{key}{_nearest(key, config)}")
-        return config
+    keys, positive = _keys(config), name.removeprefix("no_")
+    if name not in keys and positive in keys and isinstance(OmegaConf.select(config, positive), bool) and not values:
+        name, values = positive, ["false"]
+    if name not in keys:
+        return f"unknown flag --{name}{_nearest(name, keys)}" if name else f"{values[0]!r} belongs to no flag"
+    now = OmegaConf.select(config, name)
+    values = values or (["true"] if isinstance(now, bool) else [])
+    if not OmegaConf.is_list(now) and len(values) != 1:
+        return f"{values[1]!r} belongs to no flag" if values else f"--{name}: the value is missing"
     try:
-        table = OmegaConf.to_container(OmegaConf.create(text))
-        return OmegaConf.to_object(_with_value(cls, OmegaConf.structured(config), key, table))
+        value = values if OmegaConf.is_list(now) else values[0]
+        if OmegaConf.is_dict(now) and value.startswith("{"):
+            value = OmegaConf.to_container(OmegaConf.create(value))
+        _set_value(config, name, value)
     except (YAMLError, ValueError, OmegaConfBaseException) as error:
-        problems.append(f"command line: --{key}: {str(error).splitlines()[0]}")
-        return config
+        return f"--{name}: {str(error).splitlines()[0]}"
 
 
-def _with_value(cls, config, key, value):
-    """`config` (of OmegaConf) with a YAML file's value for one key; OmegaConf checks the type."""
+def _set_value(config, key, value):
+    """Set a key of `config` (of OmegaConf), which checks the type, to what a YAML file or a flag says."""
     from omegaconf import OmegaConf
 
-    if str(value).lower() == "none" and types.NoneType in typing.get_args(typing.get_type_hints(cls)[key]):
+    types_of = typing.get_type_hints(OmegaConf.get_type(config))
+    if str(value).lower() in ("none", "null") and types.NoneType in typing.get_args(types_of.get(key)):
         value = None
     if "${" in str(value) or "???" in str(value):
         raise ValueError(f"{value!r} refers to another key, which does not work here; write the value itself")
-    if dataclasses.is_dataclass(OmegaConf.get_type(config, key)):
-        value = {"weights": value} if isinstance(value, str) else value  # detector: FILE is detector: {weights: FILE}
-        return OmegaConf.merge(config, {key: value})
-    OmegaConf.update(config, key, value, merge=False)
-    return config
+    nested = dataclasses.is_dataclass(types_of.get(key))
+    if nested and isinstance(value, str):
+        value = {"weights": value}  # detector: FILE is detector: {weights: FILE}
+    OmegaConf.update(config, key, value, merge=nested)
 
 
 def impossible_values(tree: dict, prefix="") -> list[str]:
@@ -272,45 +281,16 @@ def impossible_values(tree: dict, prefix="") -> list[str]:
     return found
 
 
-def _split_flags(argv):
-    """["--a", "1", "2", "--b=3"] -> [("--a", ["1", "2"]), ("--b", ["3"])]; a value without a flag has the name ""."""
-    flags = []
-    for arg in argv:
-        if arg.startswith("--"):
-            name, equals, value = arg.partition("=")
-            flags.append((name.replace("-", "_").replace("__", "--", 1), [value] if equals else []))
-        elif flags:
-            flags[-1][1].append(arg)
-        else:
-            flags.append(("", [arg]))
-    return flags
-
-
-def _as_tyro_spells_it(config, name, values):
-    """tyro's form of a flag: True and False are --x and --no-x, none is None, --detector FILE is --detector.weights."""
-    default = getattr(config, name[2:], None)
-    words = [value.lower() for value in values]
-    if isinstance(default, bool) and words in (["true"], ["false"]):
-        return [name if words == ["true"] else f"--no_{name[2:]}"]
-    field = config.__dataclass_fields__.get(name[2:])
-    if field and (field.type is str or "none" in typing.get_args(field.type)):  # "--resume none" means the word
-        return [name, *values]
-    name = f"{name}.weights" if dataclasses.is_dataclass(default) else name
-    return [*([name] if name else []), *("None" if word in ("none", "null") else value
-                                         for word, value in zip(words, values, strict=True))]
-
-
 def _keys(config):
-    """Names of the config's flags, those of nested settings as detector.weights."""
-    keys = list(config.__dataclass_fields__)
-    for name in config.__dataclass_fields__:
-        nested = getattr(getattr(config, name, None), "__dataclass_fields__", ())
-        keys += [f"{name}.{key}" for key in nested]
+    """Names of the config's keys, those of nested settings and the entries of tables as detector.weights."""
+    keys = list(config)
+    for name, value in config.items():
+        keys += [f"{name}.{key}" for key in (value if hasattr(value, "items") else ())]
     return keys
 
 
-def _nearest(key, config):
-    valid = {"lr": "learning_rate", **{name: name for name in _keys(config)}}
+def _nearest(key, keys):
+    valid = {"lr": "learning_rate", **{name: name for name in keys}}
     return f" (did you mean {valid[difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]]!r}?)"
 
 
