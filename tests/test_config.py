@@ -244,7 +244,10 @@ def test_a_flag_may_give_a_whole_table():
     config = load_config(configs.Stage3Config, ["--reward_weights", "{chair: 1, style: 0.5}"])
     assert config.reward_weights == {"chair": 1.0, "style": 0.5}
     assert load_config(configs.Stage3Config, ["--max-new-tokens", "{copilot: 9}"]).max_new_tokens == {"copilot": 9}
-    for flags, said in ((["--reward_weights", "{chair: x}"], "--reward_weights: .*'x'"),
+    flags = ["--mode_weights", "copilot", "2", "microscope", "1"]
+    assert load_config(configs.Stage3Config, flags).mode_weights == {"copilot": 2.0, "microscope": 1.0}
+    for flags, said in ((["--mode_weights", "copilot", "2", "x"], "'2' belongs to no flag"),
+                        (["--reward_weights", "{chair: x}"], "--reward_weights: .*'x'"),
                         (["--reward_weights", "{chair"], "--reward_weights: "), (["--no_flag", "{a: 1}"], "no_flag"),
                         (["--seed", "{a: 1}"], "--seed: ")):
         with pytest.raises(ConfigError) as error:

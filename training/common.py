@@ -239,11 +239,14 @@ def _read_flag(config, name, values) -> str | None:
         return f"unknown flag --{name}{_nearest(name, keys)}" if name else f"{values[0]!r} belongs to no flag"
     now = OmegaConf.select(config, name)
     values = values or (["true"] if isinstance(now, bool) else [])
-    if not OmegaConf.is_list(now) and len(values) != 1:
+    pairs = OmegaConf.is_dict(now) and len(values) > 1 and len(values) % 2 == 0  # --mode_weights copilot 2 microscope 1
+    if not OmegaConf.is_list(now) and not pairs and len(values) != 1:
         return f"{values[1]!r} belongs to no flag" if values else f"--{name}: the value is missing"
     try:
         value = values if OmegaConf.is_list(now) else values[0]
-        if OmegaConf.is_dict(now) and value.startswith("{"):
+        if pairs:
+            value = dict(zip(values[::2], values[1::2], strict=True))
+        elif OmegaConf.is_dict(now) and value.startswith("{"):
             value = OmegaConf.to_container(OmegaConf.create(value))
         _set_value(config, name, value)
     except (YAMLError, ValueError, OmegaConfBaseException) as error:
