@@ -31,6 +31,7 @@ from model import DriveVLM, adapter_hash
 from stage3.detect_objects import cache_folder, clip_file, fingerprint
 from stage3.grpo import group_advantages
 from stage3.grpo_reward_func import PARTS, REWARD_WEIGHTS, Reward
+from stage3.language import usual_nll
 from stage3.rollout import load_reward
 from training.common import ConfigError, TrainingError, write_json
 from training.config import DetectorSettings, Stage3Config
@@ -106,9 +107,24 @@ def vowels_of_microscope(caption, evidence, mode, reference=None):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs that draw no curves (they take longer than the training)."""
+    """Runs that draw no curves (they take longer than the training) and measure stage 2's language once."""
     monkeypatch.setattr(training.run_folder, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(train_stage3, "usual_nll", remembered_usual_nll)
     return monkeypatch
+
+
+USUAL = {}
+USUAL_KEYS = ("dtype", "seed", "modes", "num_generations", "temperature", "max_new_tokens", "wordings",
+              "shared_prefix", "judge_language")
+
+
+def remembered_usual_nll(config, model, sampler, prompts, log):
+    """`usual_nll`, which is a function of these alone (tests/test_language.py)."""
+    settings = [getattr(config, key) for key in USUAL_KEYS]
+    key = str([adapter_hash(config.init_from), settings, sampler.prompts_per_rank, [entry.id for entry in prompts]])
+    if key not in USUAL:
+        USUAL[key] = usual_nll(config, model, sampler, prompts, log)
+    return USUAL[key]
 
 
 def run_stage3(stage2, output, *flags):
@@ -677,7 +693,7 @@ def test_steps_without_a_live_group_stop_the_run(stage2, tmp_path, quick):
     (("--beta", "-1", "--temperature", "0"), "beta must be at least 0"),
     (("--sample_from", "reference"), "sample_from: reference does not go with objective: grpo"),
     (("--objective", "dpo", "--dpo_beta", "0"), "dpo_beta must be above 0, got 0"),
-    (("--loss_type", "ppo"), "invalid choice 'ppo' for argument '--loss_type'"),
+    (("--loss_type", "ppo"), "--loss_type: Invalid value 'ppo', expected one of"),
     (("--evidence_cache", "nowhere"), "detector.weights: no such file"),
     (("--detector.num_frames", 4, "--num_frames", 3), "detector.num_frames: 4"),
     (("--init_from", "nowhere"), "init_from: no checkpoint folder at nowhere"),
