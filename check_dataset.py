@@ -559,9 +559,9 @@ def check_batch(entries: list[Entry], inputs: Inputs, config, found: Findings) -
             found.add("error", "batch_broken", row["id"], "ids, labels or mask changed when the batch was padded")
 
 
-def encode_first(entry: Entry, inputs: Inputs, config) -> dict:
+def encode_first(entry: Entry, inputs: Inputs, config, times=None) -> dict:
     return dataset.encode_example(inputs.tokenizer, entry.question, entry.captions[0], inputs.visual_tokens,
-                                  config.max_text_tokens)
+                                  config.max_text_tokens, times)
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -635,6 +635,8 @@ def fill_cache(path: Path, config, image_size: int) -> str | None:
     """Store a clip's frames for training; returns why they could not be written, None where they were."""
     try:
         dataset.cached_frames(path, config.num_frames, image_size, config.frame_cache, must_write=True)
+        if config.time_stamps:
+            dataset.cached_times(path, config.num_frames, config.frame_cache)
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -792,25 +794,27 @@ def make_examples(rows: list[Row], lengths: dict, inputs: Inputs, config) -> lis
         order = dict.fromkeys([n // 2, n - 1, 0, n // 4, 3 * n // 4]) if n else {}
         chosen += [sound[i] for i in list(order)[: config.examples]]
 
-    def decode_frames(number):
+    def decode(number):
         try:
             path = dataset.resolve_video(config.video_root, chosen[number][1].video)
             indices, _, frames = dataset.sample_clip(path, config.num_frames)
+            times = dataset.read_times(path, config.num_frames) if config.time_stamps else None  # [T]
         except VideoError:
             return None
-        return film_strip(frames, [f"frame {index}" for index in indices])
+        return film_strip(frames, [f"frame {index}" for index in indices]), times
 
-    strips = {}
+    decoded = {}
     if not config.no_video:
-        decoded = in_processes(decode_frames, range(len(chosen)), config.num_workers, config.clip_timeout, "examples")
-        strips = {number: strip for number, strip, _ in decoded}
+        results = in_processes(decode, range(len(chosen)), config.num_workers, config.clip_timeout, "examples")
+        decoded = {number: result for number, result, _ in results if result}
     examples = []
     for number, (row, entry) in enumerate(chosen):
-        example = encode_first(entry, inputs, config)
+        strip, times = decoded.get(number, (None, None))
+        example = encode_first(entry, inputs, config, times)
         supervised = sum(label != IGNORE_INDEX for label in example["labels"])
         examples.append({"id": entry.id, "mode": entry.mode, "colour": MODE_TABLE[entry.mode].colour,
                          "where": row.where, "supervised": supervised, "total": len(example["labels"]),
-                         "frames": strips.get(number), "spans": token_spans(inputs.tokenizer, example)})
+                         "frames": strip, "spans": token_spans(inputs.tokenizer, example)})
     return examples
 
 

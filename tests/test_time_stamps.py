@@ -4,6 +4,7 @@ The clips here differ in length, so prompts differ in text and in their number o
 """
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from test_stage3 import rows_of, write_evidence
 from test_stages import stage1, stage2
 from transformers import AutoTokenizer
 
+import check_dataset
 import dataset
 import evaluate
 import export
@@ -489,3 +491,18 @@ def test_the_plan_counts_the_times(tiny):
     model = with_adapter(tiny)
     assert phases.prompt_of(model, "copilot") == model.prompt_ids(MODES["copilot"])
     assert phases.prompt_of(stamped(model), "copilot") == model.prompt_ids(MODES["copilot"], (20.0, 40.0))
+
+
+def test_the_check_shows_the_times_and_stores_them(world, tmp_path, monkeypatch):
+    flags = ["--data", world.data, "--video_root", world.videos, "--output_dir", tmp_path, "--num_val_videos", 2,
+             "--language_model", world.llm, "--vision_model", world.vision, "--num_frames", 2, "--examples", 2,
+             "--num_workers", 2, "--frame_cache", tmp_path / "cache", "--build_cache"]
+    for times in (False, True):
+        assert check_dataset.main([*flags, "--time_stamps", times]) == 0
+        page = (tmp_path / "check_dataset" / "report.html").read_text(encoding="utf-8")
+        text = re.sub("<[^>]*>|\\s", "", page)  # each token has a span of its own
+        assert any(f"×16{last}" in text for last in LAST.values()) == times
+    monkeypatch.setattr(dataset, "decode_times", None)
+    for name in FRAMES:
+        clip = world.videos / f"{name}.mp4"
+        assert time_stamp(cached_times(clip, 2, tmp_path / "cache")[1]) == LAST[name]

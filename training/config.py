@@ -528,6 +528,7 @@ class CheckConfig(BaseModelKeys, DataKeys):
 
     output_dir: str = "output/run"  # the report is written into its folder check_dataset/
     pooling: int = 3  # patches per side that become one visual token
+    time_stamps: bool = False  # show the examples with the times of their frames, as training with this key does
     frame_cache: str | None = "output/frame_cache"  # folder of decoded frames that --build_cache fills
     # fewest and most words of a usual caption, per mode; a mode left out: dataset.MODE_TABLE
     word_range: dict[str, list[int]] = field(default_factory=dict)
