@@ -85,6 +85,7 @@ def test_flags_may_have_dashes_underscores_equals_signs_and_nested_keys():
     config = load_config(Config, ["--no-activation-checkpointing", "--max_steps", "null", "--checkpoint", "--epochs=2"])
     assert (config.activation_checkpointing, config.max_steps, config.checkpoint) == (False, None, [])
     assert load_config(Config, ["--activation_checkpointing"]).activation_checkpointing is True
+    assert load_config(Config, ["--data", "{what???}"]).data == "{what???}"
 
 
 def test_yaml_may_hold_nested_mappings(tmp_path):
@@ -124,6 +125,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
     (["--report_to", "mlflow"], "--report_to: Invalid value 'mlflow', expected one of ['tensorboard', 'trackio', 'wa"),
     (["--seed"], "command line: --seed: the value is missing"),
     (["--seed", "3", "4"], "command line: '4' belongs to no flag"),
+    (["--data", "???"], "--data: '???' refers to another key"),
     (["--max_new_tokens.sketch", "9"], "unknown flag --max_new_tokens.sketch (did you mean"),
     (["--no_seed"], "unknown flag --no_seed (did you mean 'seed'?)"),
     (["--lr", "1e-3"], "unknown flag --lr (did you mean 'learning_rate'?)"),
