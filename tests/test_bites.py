@@ -648,3 +648,38 @@ def test_weights_of_the_two_runs_differ(odd, even):
     for stage in (1, 2):
         one, two = (load_file(seen[stage].folder / "model" / "projector.safetensors") for seen in (odd, even))
         assert all(not torch.equal(one[name], two[name]) for name in one if stage == 1 or name != "temporal")
+
+
+# ---- lines that random mutations broke without a test failing --------------------------------------------------------
+
+
+def test_memory_is_in_gigabytes():
+    assert 0.1 < loop.memory_gb(torch.device("cpu")) < 100  # torch alone takes 0.3
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch):
+    threads = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(loop, "cpu_count", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    loop.start_accelerator()
+    assert threads == [3]
+
+
+def test_answers_are_shown_of_three_clips_each_read_once():
+    entries = [Entry(f"{name}#{mode}", f"{name}.mp4", mode, dataset.MODES[mode], (f"{name}, {mode}",))
+               for name in "abcde" for mode in dataset.MODES]
+    read, said = [], []
+
+    def read_tokens(video):
+        read.append(video)
+        if video == "b.mp4":
+            raise dataset.VideoError(video, "gone")
+        return torch.zeros(1, 2)
+
+    answer = SimpleNamespace(text="A car.", ended=True)
+    model = SimpleNamespace(generate=lambda frames, questions, **options: [answer] * len(questions))
+    run = SimpleNamespace(print=said.append, log_text=lambda *args: None)
+    loop.show_answers(SimpleNamespace(sample_tokens=5), run, model, 0, entries, read_tokens)
+    assert read == ["a.mp4", "b.mp4", "b.mp4", "c.mp4", "d.mp4"]  # b is tried for each of its entries
+    assert re.findall(r"\n  (\w)\.mp4", said[-1]) == ["a", "c", "d"] and said[-1].count("A car.") == 6
