@@ -904,6 +904,7 @@ def test_entries_are_checked_too(tiny, tmp_path):
     both = {"microscope": ["A car."], "copilot": ["Car."]}
     train, held_out = check([{"video": "car.mp4"} | both, {"video": "bus.mp4"} | both], ("microscope", "copilot"))
     assert len(train) == len(held_out) == 2
+    assert check([{"video": "car.mp4"} | both, {"video": "bus.mp4"} | both], max_failed_share=0)  # none is missing
     for rows, word in (
         ([{"video": "car.mp4"} | both, {"video": "gone.mp4"} | both], "1 of 2 clips are missing"),
         ([{"video": "car.mp4", "microscope": ["x"]}, {"video": "bus.mp4", "microscope": ["x"]}], "no copilot entries"),
