@@ -260,7 +260,7 @@ def _set_value(config, key, value):
     types_of = typing.get_type_hints(OmegaConf.get_type(config))
     if str(value).lower() in ("none", "null") and types.NoneType in typing.get_args(types_of.get(key)):
         value = None
-    if "${" in str(value) or "'???'" in str([value]):  # OmegaConf's words for "as there" and "missing"
+    if "${" in str(value) or "'???'" in str([value]):  # OmegaConf's reference, and its "missing"
         raise ValueError(f"{value!r} refers to another key, which does not work here; write the value itself")
     nested = dataclasses.is_dataclass(types_of.get(key))
     if nested and isinstance(value, str):
