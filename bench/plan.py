@@ -60,7 +60,7 @@ import torch
 import transformers
 
 from bench.phases import GIB, longest_answers, peak_of, phases_of, read_bases
-from bench.plan_check import check
+from bench.plan_check import checks
 from dataset import MODES, Entry, group_by_clip, load_split
 from stage3.rollout import answer_limits
 
@@ -274,9 +274,8 @@ def main(argv=None):
 
 def check_table():
     print(f"MiB at the peak, float32, on this CPU\n\n{table(['stage', 'planned', 'measured', 'planned / measured'])}")
-    for stage in STAGES:
-        found = check(stage, "middle")
-        print(row(stage, f"{found['planned']:,.0f}", f"{found['measured']:,.0f}",
+    for found in checks("middle"):
+        print(row(found["stage"], f"{found['planned']:,.0f}", f"{found['measured']:,.0f}",
                   f"{found['planned'] / found['measured']:.3f}"), flush=True)
     return 0
 

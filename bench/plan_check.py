@@ -1,6 +1,6 @@
 """Is the plan right? Steps of a model with random weights on this CPU: memory as planned, and as the system sees it.
 
-    python -m bench.plan_check STAGE small|middle      # prints one JSON object; bench/plan.py --check runs all three
+    python -m bench.plan_check small|middle      # a JSON object a stage; bench/plan.py --check makes a table of them
 
 planned: the peak of bench/phases.py on fake tensors; followed: the same ledger on real tensors; measured: how far the
 process grew meanwhile (VmHWM). In MiB, float32, Linux only.
@@ -18,10 +18,10 @@ from pathlib import Path
 SIZES = {  # keys of the tower, of the language model (middle: 93 M parameters), of all stages, of each stage
     "small": (dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=96,
                    patch_size=8, vision_use_head=False),
-              dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+              dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2, head_dim=32, vocab_size=4096, tie_word_embeddings=True),
               dict(num_frames=8, max_text_tokens=200),
-              {1: dict(per_device_batch_size=8, activation_checkpointing=False), 2: dict(per_device_batch_size=24),
+              {1: dict(per_device_batch_size=8, activation_checkpointing=False), 2: dict(per_device_batch_size=12),
                3: dict(per_device_batch_size=2, activation_checkpointing=False, max_new_tokens={"microscope": 96})}),
     "middle": (dict(hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=144,
                     patch_size=8, vision_use_head=False),
@@ -33,13 +33,17 @@ SIZES = {  # keys of the tower, of the language model (middle: 93 M parameters),
 }
 
 
-def check(stage, size):
-    """{"planned", "followed", "measured"}: MiB at the peak of a process that returns at once what it frees."""
+def checks(size):
+    """Of each stage {"stage", "planned", "followed", "measured"}: MiB at the peak, where what is freed is returned
+    at once."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1",
                    "MALLOC_TRIM_THRESHOLD_": "65536"}
-    out = subprocess.run([sys.executable, "-m", "bench.plan_check", str(stage), size], check=True, env=environment,
-                         capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    return json.loads(out.stdout)
+    command = [sys.executable, "-m", "bench.plan_check", size]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True,
+                          cwd=Path(__file__).resolve().parents[1]) as process:
+        yield from map(json.loads, process.stdout)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def run(stage, size):
@@ -65,7 +69,8 @@ def run(stage, size):
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = status("VmRSS")
     followed = peak(config, fake=False)
-    print(json.dumps({"planned": planned, "followed": followed, "measured": status("VmHWM") - before}))
+    measured = status("VmHWM") - before
+    print(json.dumps({"stage": stage, "planned": planned, "followed": followed, "measured": measured}), flush=True)
 
 
 def status(key):
@@ -75,4 +80,5 @@ def status(key):
 
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), sys.argv[2])
+    for each in (1, 2, 3):
+        run(each, sys.argv[1])

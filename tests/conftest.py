@@ -1,8 +1,11 @@
 """Small models and clips, made once per test session: random weights in the real file formats, no downloads."""
 
 import json
+import multiprocessing
 import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +150,42 @@ def images_of(clip, folder, **options):
         return write_images(folder, opened.frames(range(len(opened.times))), **options)
 
 
+def in_two_processes(function, log):
+    """Run function(rank) in two processes that torch.distributed joins; what they print goes to the file `log` and is
+    returned. As under torchrun, but forked from this process, which has imported all that is slow; test_survival.py
+    and test_augment.py run torchrun itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with open(log, "a", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            try:
+                function(rank)
+            except BaseException:
+                traceback.print_exc()
+                raise
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(300)
+            assert process.exitcode == 0, Path(log).read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return Path(log).read_text()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Paths of tiny base models, clips and captions: `.root .vision .llm .llm_plain .videos .data`."""
@@ -162,6 +201,14 @@ def tiny(tmp_path_factory):
     rows = [{"video": v, "microscope": [m], "copilot": [c]} for v, m, c in ROWS]
     paths.data.write_text(json.dumps(rows), encoding="utf-8")
     return paths
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Runs draw no curves.png, which takes longer than their training; those of module fixtures and of tests marked
+    `curves` do."""
+    if "curves" not in request.keywords:
+        monkeypatch.setattr("training.run_folder.plot_curves", lambda *_: None)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The shape of the code: imports point one way, functions are short, comprehensions are not nested."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -37,10 +38,16 @@ def modules():
 MODULES = modules()
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports_of(path):
     """Names of our modules that a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -81,7 +88,7 @@ def test_no_module_imports_a_script():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_are_short_and_comprehensions_are_not_nested(module):
-    tree = ast.parse(MODULES[module].read_text())
+    tree = tree_of(MODULES[module])
     kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     long, nested = [], []
     for node in ast.walk(tree):
@@ -97,7 +104,7 @@ def test_only_one_place_names_a_decoder_and_one_a_detector():
     for word, homes in (("decord", {"dataset", "demo.world"}), ("ultralytics", {"stage3.detect_objects"})):
         importing = set()
         for module, path in MODULES.items():
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in ast.walk(tree_of(path)):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [
                     node.module] if isinstance(node, ast.ImportFrom) else []
                 if any((name or "").split(".")[0] == word for name in names):
@@ -115,7 +122,7 @@ def test_stages_1_and_2_make_a_step_in_the_same_way():
     """`train_step` stands in both scripts, to be read there; a change in one must come with the other."""
     steps = []
     for script in ("train_stage1_ddp", "train_stage2"):
-        nodes = ast.parse(MODULES[script].read_text(encoding="utf-8")).body
+        nodes = tree_of(MODULES[script]).body
         steps += [ast.unparse(node) for node in nodes if getattr(node, "name", "") == "train_step"]
     assert len(steps) == 2 and steps[0] == steps[1]
 

@@ -25,6 +25,7 @@ from training.config import TrainKeys
 from training.run_folder import RunFolder, _smooth, list_files, plot_curves, sync_to_disk, tracker_problems
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.curves
 
 
 @dataclass

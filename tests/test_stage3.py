@@ -7,15 +7,14 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import in_two_processes
 from safetensors.torch import load_file
 
 import evaluate
@@ -25,7 +24,6 @@ import stage3.held_out
 import train_stage1_ddp
 import train_stage2
 import train_stage3
-import training.run_folder
 from dataset import MODES, draw_question, encode_example, load_entries
 from model import DriveVLM, adapter_hash
 from stage3.detect_objects import cache_folder, clip_file, fingerprint
@@ -107,8 +105,7 @@ def vowels_of_microscope(caption, evidence, mode, reference=None):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs that draw no curves (they take longer than the training) and measure stage 2's language once."""
-    monkeypatch.setattr(training.run_folder, "plot_curves", lambda *_: None)
+    """Runs that measure stage 2's language once."""
     monkeypatch.setattr(train_stage3, "usual_nll", remembered_usual_nll)
     return monkeypatch
 
@@ -371,53 +368,25 @@ def test_the_plain_path_gives_the_same_step(stage2, tmp_path, quick):
     assert loss == pytest.approx(plain_loss, abs=1e-6)
 
 
-DRIVER = """
-import sys
-
-import torch
-
-sys.path[:0] = [{root!r}, {tests!r}]
-import train_stage3, training.run_folder
-from accelerate import Accelerator
-from training.common import process_rank
-
-training.run_folder.plot_curves = lambda *_: None
-Accelerator.end_training = lambda self: None  # one process group serves all three
-clip = torch.nn.utils.clip_grad_norm_
-
-def look(parameters, limit):
-    if process_rank()[0] == 0:
-        torch.save(torch.cat([p.grad.flatten() for p in parameters]), f"{{folder}}/grads.pt")
-    return clip(parameters, limit)
-
-torch.nn.utils.clip_grad_norm_ = look
-for loss_type in {loss_types!r}:
-    folder = f"{folder}/two-{{loss_type}}"
-    train_stage3.main([*sys.argv[1:], "--output_dir", folder, "--loss_type", loss_type])
-"""
-
-
 def test_two_processes_give_the_same_step_as_one(stage2, tmp_path, quick):
     losses = ["grpo", "dr_grpo", "dapo"]
     flags = ["--mask_truncated", "true", "--max_new_tokens.microscope", 40, "--max_new_tokens.copilot", 60]
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), loss_types=losses, folder=tmp_path))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(driver),
-               "--config", str(stage2 / "stage3.yaml"), "--max_steps", "1", "--eval_every", "99",
-               "--gradient_accumulation_steps", "1", *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(tmp_path / "log", "w") as log:
-        launched = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    try:
-        launched.wait(timeout=600)
-    finally:
-        launched.terminate()  # ends its workers too, which kill() would not
-    assert launched.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+
+    def both(rank):
+        USUAL.clear()  # two processes measure it together
+        quick.setattr(Accelerator, "end_training", lambda self: None)  # one process group serves all three
+        for name in losses:
+            grads, _ = gradients_of(stage2, tmp_path / f"two-{name}", quick, *flags, "--loss_type", name,
+                                    "--gradient_accumulation_steps", 1)
+            torch.save(grads, tmp_path / f"{name}-{rank}.pt")
+
+    in_two_processes(both, tmp_path / "log")
     for name in losses:
         folders = tmp_path / f"one-{name}", tmp_path / f"two-{name}"
         alone, loss = gradients_of(stage2, folders[0], quick, *flags, "--loss_type", name)
-        together = torch.load(folders[1] / "grads.pt", weights_only=True)
-        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+        for rank in range(2):
+            together = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
         one, two = (rows_of(folder / "metrics.jsonl")[-1] for folder in folders)
         assert two["loss"] == pytest.approx(loss, abs=1e-6)
         for key in ("reward", "reward_std", "dead_groups", "kl", "entropy", "length/copilot", "eval_loss",

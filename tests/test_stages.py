@@ -1,19 +1,18 @@
 """Stages 1 and 2 on tiny random models: what trains, resume, broken clips, wrong folders, two processes.
 
-Everything runs in this process, except one torchrun.
+Everything runs in this process, or in two that are forked from it.
 """
 
 import functools
+import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import in_two_processes
 from safetensors.torch import load_file
 
 import dataset
@@ -204,25 +203,6 @@ def test_the_loss_of_a_step_does_not_depend_on_micro_batches(tiny, tmp_path):
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
 
 
-DUMP = """
-import os, sys
-sys.path.insert(0, {root!r})
-import torch
-import train_stage1_ddp
-from training import loop
-sum_gradients = loop.sum_gradients
-step = [0]
-def dump(accelerator, parameters, loss):
-    loss = sum_gradients(accelerator, parameters, loss)
-    grads = [p.grad.clone() for p in parameters]
-    torch.save(grads, {folder!r} + f"/grads-{{step[0]}}-{{accelerator.process_index}}.pt")
-    step[0] += 1
-    return loss
-loop.sum_gradients = dump
-train_stage1_ddp.main(sys.argv[1:])
-"""
-
-
 def test_both_stages_train_on_rows_that_share_a_clip(tiny, tmp_path, monkeypatch):
     """Every step takes all eight entries of the four clips, in eight rows or in four: the numbers are the same."""
     monkeypatch.setattr(train_stage1_ddp.loop, "step_batches", lambda count, *_: [
@@ -261,23 +241,28 @@ def test_a_model_that_cannot_mask_refuses_shared_rows(stage, runs, tiny, tmp_pat
 def test_two_processes_give_the_result_of_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):
     options = {"max_steps": 2, "warmup": 0, "max_grad_norm": 1e9, "learning_rate": 1e-3}
     results = {}
-    for name, processes, size in (("two", 2, 1), ("one", 1, 2)):
+    sum_gradients = loop.sum_gradients
+
+    def run(rank, folder, size):
+        step = itertools.count()
+
+        def look(accelerator, parameters, loss):
+            loss = sum_gradients(accelerator, parameters, loss)
+            torch.save([p.grad.clone() for p in parameters], folder / f"grads-{next(step)}-{rank}.pt")
+            return loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "sum_gradients", look)
+            stage1(tiny, folder / "run", per_device_batch_size=size, **options)
+
+    for name, size in (("two", 1), ("one", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        script = folder / "dump.py"
-        script.write_text(DUMP.format(root=str(ROOT), folder=str(folder)))
-        argv = flags(tiny, folder / "run", per_device_batch_size=size, **options)
-        if processes == 1:
-            monkeypatch.setattr(sys, "argv", [str(script), *argv])
-            with monkeypatch.context() as patch:  # restores what the script replaces
-                patch.setattr(loop, "sum_gradients", loop.sum_gradients)
-                exec(compile(script.read_text(), str(script), "exec"), {"__name__": "dump"})
+        if name == "one":
+            run(0, folder, size)
         else:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            done = subprocess.run([*command, str(script), *argv], capture_output=True, text=True, timeout=300,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-            assert done.returncode == 0, done.stderr[-3000:]
-            assert done.stdout.count("step 2/2") == 1  # only rank 0 prints
+            printed = in_two_processes(functools.partial(run, folder=folder, size=size), tmp_path / "log")
+            assert printed.count("step 2/2") == 1  # only rank 0 prints
         grads = [torch.load(folder / f"grads-{step}-0.pt", weights_only=True) for step in (0, 1)]
         rows = steps(folder / "run")
         results[name] = grads, [rows[1]["loss"], rows[2]["loss"], rows[0]["eval_loss"], rows[2]["eval_loss"]]
@@ -554,6 +539,7 @@ def test_less_than_one_step_of_clips_is_refused(tiny, tmp_path):
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.curves
 def test_no_held_out_clips_means_no_evaluation(tiny, tmp_path):
     folder = stage1(tiny, tmp_path / "run", num_val_videos=0, max_steps=1)
     assert "eval_loss" not in steps(folder)[1] and (folder / "curves.png").is_file()
