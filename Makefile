@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 5 minutes on 2 cores)"
 	@echo "make venv         .venv with all that requirements.txt names (the other targets do this too)"
-	@echo "make test         all tests (about 5 minutes on 2 cores)"
+	@echo "make test         all tests (about 4 minutes on 2 cores)"
 	@echo "make test-slow    long runs that watch memory and files (about 3 minutes)"
 	@echo "make results      the demo plus all that a claim rests on: docs/results.md (hours; resumes)"
 	@echo "make base-models  build what is missing in demo/base/ from the toy world (tens of minutes)"

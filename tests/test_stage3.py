@@ -165,7 +165,8 @@ def test_the_whole_path_works_in_both_number_types(dtype, stage2, tiny, tmp_path
     truth = {f"{name}.mp4": {"present": ["car"]} for name in CLIPS}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     evaluate.main(["--config", str(stage2 / "stage3.yaml"), "--dtype", dtype, "--output_dir", str(tmp_path / "eval"),
-                   "--truth", str(tmp_path / "truth.json"), "--checkpoint", f"stage3={tmp_path / 'three'}"])
+                   "--truth", str(tmp_path / "truth.json"), "--checkpoint", f"stage3={tmp_path / 'three'}",
+                   "--eval_max_new_tokens", "microscope", "99", "copilot", "99"])
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert {"stage3", "blank", "swapped", "reference"} <= set(metrics["systems"])
     capsys.readouterr()
@@ -327,8 +328,9 @@ def test_a_resume_refuses_another_reference(stage2, tmp_path, quick, capsys):
 # One step, divided in different ways
 
 
-def gradients_of(stage2, output, monkeypatch, *flags):
-    """Gradients of the first step, before clipping, in the order of the parameters, as one vector; and its loss."""
+def gradients_of(stage2, output, monkeypatch, *flags, evaluations=False):
+    """Gradients of the first step, before clipping, in the order of the parameters, as one vector; and its loss. The
+    held-out clips are left alone without `evaluations`."""
     clip, seen = torch.nn.utils.clip_grad_norm_, []
 
     def look(parameters, limit):
@@ -337,6 +339,8 @@ def gradients_of(stage2, output, monkeypatch, *flags):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+        if not evaluations:
+            patch.setattr(stage3.held_out.Evaluations, "after", lambda *_: None)
         run_stage3(stage2, output, "--max_steps", 1, "--num_val_videos", 2, "--eval_every", 99, *flags)
     return seen[0], rows_of(output / "metrics.jsonl")[-1]["loss"]
 
@@ -377,13 +381,13 @@ def test_two_processes_give_the_same_step_as_one(stage2, tmp_path, quick):
         quick.setattr(Accelerator, "end_training", lambda self: None)  # one process group serves all three
         for name in losses:
             grads, _ = gradients_of(stage2, tmp_path / f"two-{name}", quick, *flags, "--loss_type", name,
-                                    "--gradient_accumulation_steps", 1)
+                                    "--gradient_accumulation_steps", 1, evaluations=True)
             torch.save(grads, tmp_path / f"{name}-{rank}.pt")
 
     in_two_processes(both, tmp_path / "log")
     for name in losses:
         folders = tmp_path / f"one-{name}", tmp_path / f"two-{name}"
-        alone, loss = gradients_of(stage2, folders[0], quick, *flags, "--loss_type", name)
+        alone, loss = gradients_of(stage2, folders[0], quick, *flags, "--loss_type", name, evaluations=True)
         for rank in range(2):
             together = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
