@@ -29,12 +29,13 @@ def test_planned_memory_is_what_steps_take():
         assert stage["planned"] == pytest.approx(stage["measured"], rel=0.1), stage
 
 
-def small(stage, **keys):
-    """(config, bases) of a small stage."""
+def small(stage, layers=1, **keys):
+    """(config, bases) of a small stage; fake tensors take their time too, so it has one layer."""
     vision, language, shared, own = SIZES["small"]
     config = plan.STAGES[stage](**{"dtype": "float32", **shared, **own[stage], **keys})
     config.init_from = None
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/base/language")
+    vision, language = (sizes | {"num_hidden_layers": layers} for sizes in (vision, language))
     return config, (SiglipVisionConfig(**vision), Qwen3Config(**language), tokenizer)
 
 
@@ -90,7 +91,7 @@ def test_gradients_and_optimizer_states_count():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_largest_batch_fits_and_the_next_does_not(stage):
-    config, bases = small(stage, per_device_batch_size=2)
+    config, bases = small(stage, layers=2, per_device_batch_size=2)
     longest = longest_answers(config, stage)
     phases = phases_of(config, stage, bases, longest)
     budget = 3.3 * peak_of(phases)
@@ -177,7 +178,7 @@ def test_a_plan_of_local_models(tiny, tmp_path, capsys):
     """Sizes come from the folders' config.json; the exit code says whether it fits."""
     path = str(ROOT / "configs/demo/stage3.yaml")
     flags = ["--vision_model", str(tiny.vision), "--language_model", str(tiny.llm), "--num_frames", "4", "--dtype",
-             "float32", "--num_generations", "3", "--data",
+             "float32", "--num_generations", "3", "--per_device_batch_size", "1", "--data",
              str(tmp_path / "none.json"), "--init_from", str(tmp_path / "none")]
     assert plan.main(["--config", path, *flags, "--clips", "100", "--json", str(tmp_path / "plan.json")]) == 0
     out = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What a run survives, and what it refuses: signals, other data, clips that were trained on, rewards that fail."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from test_stage3 import run_stage3, stage2  # noqa: F401 - a fixture
 from test_stages import deterministic, files, flags, stage1
 from test_stages import stage2 as train2
 
+import train_stage1_ddp
 from dataset import load_entries, split_by_video
 from evaluate import evaluate
 from model import DriveVLM, read_clips
 from stage3.grpo_reward_func import Reward
 from training import loop
-from training.common import ConfigError, TrainingError, read_jsonl
+from training.common import ConfigError, TrainingError, read_jsonl, run_main
 from training.config import EvaluateConfig, Stage1Config
 from training.run_folder import last_checkpoint
 
@@ -88,26 +90,35 @@ def test_a_resume_refuses_other_clips(one, tiny, tmp_path):
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
-def start(tiny, folder, *extra, processes=1):
-    command = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    argv = flags(tiny, folder, max_steps=100_000, save_every=100_000, eval_every=100_000, sample_every=100_000,
-                 warmup=0, lr_schedule="constant")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([*command, "train_stage1_ddp.py", *argv, *extra], cwd=ROOT, env=environment, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    metrics, limit = folder / "metrics.jsonl", time.monotonic() + 120
-    while len(read_jsonl(metrics)) < 4 and run.poll() is None and time.monotonic() < limit:
-        time.sleep(0.1)
-    return run
+def endless(tiny, folder, **changes):
+    """Flags of a run that only a signal ends."""
+    return flags(tiny, folder, max_steps=100_000, save_every=100_000, eval_every=100_000, sample_every=100_000,
+                 warmup=0, lr_schedule="constant", **changes)
+
+
+def wait_for_steps(folder, running):
+    limit = time.monotonic() + 120
+    while len(read_jsonl(folder / "metrics.jsonl")) < 4 and running() and time.monotonic() < limit:
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tiny, tmp_path, number, code):
-    run = start(tiny, tmp_path / "run")
-    run.send_signal(number)
-    out, _ = run.communicate(timeout=60)
-    assert run.returncode == code, out
+    """The program in a process that is forked from this one, which has imported all that is slow."""
+
+    def program():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with open(tmp_path / "log", "w", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            run_main(lambda: train_stage1_ddp.main(endless(tiny, tmp_path / "run")))
+
+    run = multiprocessing.get_context("fork").Process(target=program, daemon=True)
+    run.start()
+    wait_for_steps(tmp_path / "run", run.is_alive)
+    os.kill(run.pid, number)
+    run.join(60)
+    out = (tmp_path / "log").read_text()
+    assert run.exitcode == code, out
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     checkpoint = last_checkpoint(tmp_path / "run")
     assert checkpoint.name == f"step-{rows[-1]['step']:06d}" and (checkpoint / "optimizer.pt").is_file()
@@ -139,7 +150,11 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_bytes(tiny, tmp_path, m
 
 
 def test_two_processes_stop_together_and_leave_nothing_running(tiny, tmp_path):
-    run = start(tiny, tmp_path / "run", "--gradient_accumulation_steps=1", processes=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = endless(tiny, tmp_path / "run", gradient_accumulation_steps=1)
+    run = subprocess.Popen([*command, "train_stage1_ddp.py", *argv], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    wait_for_steps(tmp_path / "run", lambda: run.poll() is None)
     os.killpg(run.pid, signal.SIGTERM)
     out, _ = run.communicate(timeout=90)
     assert run.returncode != 0 and "finishing this step" in out, out
