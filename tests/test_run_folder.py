@@ -822,7 +822,9 @@ def test_folders_that_cannot_be_synchronised_are_let_go_but_nothing_else(tmp_pat
         monkeypatch.setattr(os, "fsync", fsync)
 
     failing(errno.EINVAL)
+    descriptors = len(os.listdir("/dev/fd"))
     sync_to_disk(tmp_path)
+    assert len(os.listdir("/dev/fd")) == descriptors
     failing(errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
         sync_to_disk(tmp_path)
@@ -959,7 +961,19 @@ def test_curves_mark_the_last_best_step(tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.axes.Axes, "axvline", lambda axis, x, **_: marks.append(x))
     metrics.write_text('{"step": 2, "loss": 2.0, "best_step": 2}\n{"step": 4, "loss": 1.0, "best_step": 4, "kl": 1}\n')
     plot_curves(metrics, tmp_path / "a.png", {"loss": ["loss"], "KL": ["kl"]})
-    assert marks == [4, 4]
+    assert marks == [4, 4] and not matplotlib.pyplot.get_fignums()  # the figure is closed
+
+
+def test_only_what_tensorboards_writer_says_of_its_files_is_no_traceback(tmp_path):
+    run, shown = RunFolder(tmp_path), []
+    run._thread_hook = shown.append
+    writer, other = type("_AsyncWriterThread", (), {})(), object()
+    errors = [types.SimpleNamespace(exc_type=kind, thread=thread)
+              for kind in (OSError, PermissionError, ValueError) for thread in (writer, other)]
+    for error in errors:
+        run._quiet_writer(error)
+    assert shown == [errors[i] for i in (1, 3, 4, 5)]
+    run.close()
 
 
 def test_smoothing_is_not_biased_towards_the_start():
