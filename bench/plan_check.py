@@ -1,6 +1,6 @@
 """Is the plan right? Steps of a model with random weights on this CPU: memory as planned, and as the system sees it.
 
-    python -m bench.plan_check small|middle      # a JSON object a stage; bench/plan.py --check makes a table of them
+    python -m bench.plan_check small|middle      # one JSON object per stage; bench/plan.py --check prints a table
 
 planned: the peak of bench/phases.py on fake tensors; followed: the same ledger on real tensors; measured: how far the
 process grew meanwhile (VmHWM). In MiB, float32, Linux only.
@@ -34,8 +34,8 @@ SIZES = {  # keys of the tower, of the language model (middle: 93 M parameters),
 
 
 def checks(size):
-    """Of each stage {"stage", "planned", "followed", "measured"}: MiB at the peak, where what is freed is returned
-    at once."""
+    """Yields {"stage", "planned", "followed", "measured"} for each stage: MiB at the peak of a process that gives freed
+    memory back to the system at once. CalledProcessError where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1",
                    "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "bench.plan_check", size]

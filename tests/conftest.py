@@ -205,8 +205,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch):
-    """Runs draw no curves.png, which takes longer than their training; those of module fixtures and of tests marked
-    `curves` do."""
+    """Runs draw no curves.png, which takes longer than their training; only runs of module fixtures and of tests marked
+    `curves` draw it."""
     if "curves" not in request.keywords:
         monkeypatch.setattr("training.run_folder.plot_curves", lambda *_: None)
 

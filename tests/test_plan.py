@@ -30,7 +30,7 @@ def test_planned_memory_is_what_steps_take():
 
 
 def small(stage, layers=1, **keys):
-    """(config, bases) of a small stage; fake tensors take their time too, so it has one layer."""
+    """(config, bases) of a small stage, of one layer because operations on fake tensors are slow too."""
     vision, language, shared, own = SIZES["small"]
     config = plan.STAGES[stage](**{"dtype": "float32", **shared, **own[stage], **keys})
     config.init_from = None
