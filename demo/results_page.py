@@ -159,8 +159,8 @@ def draw_tradeoff(runs: list[dict], file: Path) -> None:
 
 
 def contradicted(rollouts: Path) -> list[str]:
-    """Of what a run's sampled answers say of counts, colours, sides, lights and motion and the evidence decides: the
-    share that it contradicts, in the first and in the last WINDOW steps."""
+    """Of what a run's sampled answers say of counts, colours, sides, lights and motion and evidence or reference
+    decide: the share that they contradict, in the first and in the last WINDOW steps."""
     records = [record for record in read_jsonl(rollouts) if "claims" in record]
     last, shares = max(record["step"] for record in records), []
     for first in (1, last - WINDOW + 1):
@@ -182,8 +182,9 @@ def contradicted_section(seeds: list[int]) -> str:
     if not rows:
         return ""
     return ("### What there is to learn about claims\n\nThe share of the sampled answers' claims about counts, "
-            "colours, sides, lights and motion that the evidence contradicts, of those that it decides: in the first "
-            f"{WINDOW} steps → in the last {WINDOW}.\n\n" + table(["", *(f"seed {seed}" for seed in seeds)], rows))
+            "colours, sides, lights and motion that the evidence contradicts, or the reference where the evidence does "
+            f"not know, of those that are decided: in the first {WINDOW} steps → in the last {WINDOW}.\n\n"
+            + table(["", *(f"seed {seed}" for seed in seeds)], rows))
 
 
 def wordings_section(runs: list[dict]) -> str:

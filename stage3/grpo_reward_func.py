@@ -73,7 +73,7 @@ MODE_REWARDS = {  # a further mode needs one entry here, and nothing else in thi
 CRITICAL_ERROR_FACTOR = 0.3  # x R_hall if an error is about a safety-critical class
 NO_CLAIM_SCORE = 0.5  # R_hall of a caption that claims nothing: no error, but no help either
 UNCONFIRMED_ERROR = 0.5  # "ambulance" where a truck is present, as a fraction of an error
-CONTRADICTED_ERROR = 1.0  # "red light" where it is green, as a fraction of an error
+CONTRADICTED_ERROR = 4.0  # "red light" where it is green, in errors: at 1, stage 3 told more wrong sides than stage 2
 UNSUPPORTED_PAY = 1 / 3  # of a verb, attribute or scene fact that neither evidence nor the reference supports
 SCENE_ERROR_COST = 0.5  # R_detail loses this share for each kind of scene fact that contradicts the reference
 IDLE_COST = 0.5  # style loses this x the share of words that say nothing, beyond the reference's own share
@@ -106,9 +106,10 @@ class Reward:
 def physics_aware_reward(caption, evidence, mode, reference=None):
     """The reward of one caption -> Reward.
 
-    caption: text. evidence: Evidence of the clip. mode: a key of MODE_REWARDS. reference: the reference caption; it
-    vouches for verbs, attributes and scene facts, never for an object. Without it, all that the evidence does not
-    contradict counts. A text of more than four times the mode's longest is scored 0 without being read.
+    caption: text. evidence: Evidence of the clip. mode: a key of MODE_REWARDS. reference: the reference caption. It
+    vouches for verbs, attributes and scene facts, never for an object; a colour, side or way is contradicted where it
+    gives another and the evidence does not know. Without it, all that the evidence does not contradict counts. A text
+    of more than four times the mode's longest is scored 0 without being read.
     Raises ValueError for an unknown mode.
     """
     if mode not in MODE_REWARDS:
@@ -117,10 +118,10 @@ def physics_aware_reward(caption, evidence, mode, reference=None):
     caption = read_caption(caption) if _is_readable(caption, settings) else None
     if not caption or not caption.words:
         return Reward(0.0, 0.0, 0.0, 0.0, 0.0)
-    verdicts = judge_facts(caption, evidence)
+    said = reference_facts(reference) if reference is not None else None
+    verdicts = judge_facts(caption, evidence, said)
     claimed = compare_claims(caption, evidence, verdicts)
     mark_clauses(caption, claimed, evidence, settings)
-    said = reference_facts(reference) if reference is not None else None
     support = find_support(caption, verdicts, evidence, said)
     new_share = new_words_share(caption, settings)
     gate = math.prod(caption_gates(caption, claimed, new_share, settings).values())
@@ -159,8 +160,8 @@ def objects_part(claimed, evidence):
 def hallucination_part(claimed, evidence):
     """R_hall = 1 - errors / claims, reduced further if an error is about a safety-critical class.
 
-    errors: absent classes named + present classes denied + kinds of fact about a class (its colour, side, number) that
-    the evidence contradicts + half of each special vehicle that no detector can confirm.
+    errors: absent classes named + present classes denied + CONTRADICTED_ERROR of each kind of fact about a class (its
+    colour, side, number) that is contradicted + half of each special vehicle that no detector can confirm.
     Source: CHAIR_i, on sets.
     """
     claims = len(claimed.correct) + claimed.errors
@@ -393,10 +394,17 @@ def _verdict(claim, evidence):
     return "unsupported" if evidence.unknown.isdisjoint(claim.classes) else "unknown"
 
 
-def judge_facts(caption, evidence):
-    """The verdict on each of the caption's facts. A light that "turns red" must have done so after what the text told
-    of it before: it cannot turn red twice where the evidence shows red once."""
+def judge_facts(caption, evidence, said=None):
+    """The verdict on each of the caption's facts: that of the evidence, or, where the evidence does not know and `said`
+    (ReferenceFacts) tells otherwise, "contradicted".
+
+    A light that "turns red" must have done so after what the text told of it before: it cannot turn red twice where the
+    evidence shows red once.
+    """
     verdicts, at = [judge_fact(fact, evidence) for fact in caption.facts], None
+    for i, fact in enumerate(caption.facts):
+        if said is not None and verdicts[i] == "unknown" and reference_contradicts(fact, evidence, said.told):
+            verdicts[i] = "contradicted"
     light = evidence.light or ("unknown",)
     for i, fact in enumerate(caption.facts):
         if fact.kind != "light" or verdicts[i] != "supported" or "unknown" in light:
@@ -420,6 +428,18 @@ def judge_fact(fact, evidence):
     return "supported" if "supported" in verdicts else "contradicted" if verdicts == {"contradicted"} else "unknown"
 
 
+def reference_contradicts(fact, evidence, told):
+    """The reference gives another colour, side or way to a class of which the clip shows a single object.
+
+    Of several cars one may be red and another blue, so there both texts can be right. told: ReferenceFacts.told.
+    """
+    names = [name for name in fact.classes if name in evidence.present]
+    if fact.kind in ("from", "to"):
+        names = [name for name in names if told.motion.get(name)]  # "on the left" says nothing of where it came from
+    single = names and all((evidence.counts or {}).get(name) == 1 for name in names)
+    return bool(single) and all(_judge(fact, name, told) == "contradicted" for name in names)
+
+
 def _judge(fact, name, evidence):
     """`judge_fact` for one class."""
     kind, value = fact.kind, fact.value
@@ -434,7 +454,7 @@ def _judge(fact, name, evidence):
         return "unknown" if similar and not values & seen else _judge_set(values, seen)
     moves, sides = set((evidence.motion or {}).get(name, ())), set((evidence.sides or {}).get(name, ()))
     if kind in ("from", "to"):
-        way = "left to right" if (kind, value) in (("from", "left"), ("to", "right")) else "right to left"
+        way = _way(fact)
         across = moves & CROSSING
         if across:
             return _judge_set({way}, across | moves & {"unknown"})
@@ -447,6 +467,11 @@ def _judge(fact, name, evidence):
         return "supported" if "stands" in moves else "unknown"
     opposite = {"approaches": "recedes", "recedes": "approaches"}[value]
     return _judge_set({value}, moves) if moves & {value, opposite} else "unknown"
+
+
+def _way(fact):
+    """The way across the picture that a fact of the kind "from" or "to" tells."""
+    return "left to right" if (fact.kind, fact.value) in (("from", "left"), ("to", "right")) else "right to left"
 
 
 def _judge_set(values, seen):
@@ -554,14 +579,16 @@ def label_mentions(text, evidence):
     return labels
 
 
-def label_facts(text, evidence):
+def label_facts(text, evidence, reference=None):
     """What a report colours beside the mentions: list[(what, verdict, start, end)], in the order of the text.
 
-    what: "car colour red", text[start:end] the words that say so. verdict: as `judge_facts` gives it; facts about
-    classes that are not present are left out, as the mention is what is wrong.
+    what: "car colour red", text[start:end] the words that say so. verdict: as `judge_facts` gives it, by the evidence
+    and, if one is given, the reference caption; facts about classes that are not present are left out, as the mention
+    is what is wrong.
     """
     caption, labels = read_caption(text), []
-    for fact, verdict in zip(caption.facts, judge_facts(caption, evidence), strict=True):
+    said = reference_facts(reference) if reference is not None else None
+    for fact, verdict in zip(caption.facts, judge_facts(caption, evidence, said), strict=True):
         if not evidence.present.isdisjoint(fact.classes):
             value = (fact.value or "several") if fact.kind == "count" else fact.value
             labels.append((f"{'|'.join(fact.classes)} {fact.kind} {value}", verdict, caption.starts[fact.first],
@@ -578,6 +605,7 @@ class ReferenceFacts:
     """What a reference caption says."""
 
     statements: frozenset[tuple[str, str, str]]  # (class, "ego" or "" for an unknown subject; kind; value)
+    told: Evidence  # the colours, sides and ways across the picture that it gives to classes
     scene: dict[str, set[str]]
     idle_share: float  # of its words are in clauses that say nothing
     connective_rate: float  # connectives per word
@@ -590,10 +618,25 @@ def reference_facts(text):
     caption, statements = read_caption(text), set()
     for statement in caption.statements:
         statements.update((name, statement.kind, statement.value) for name in statement.subject or ("",))
-    said = ReferenceFacts(frozenset(statements), scene_facts(caption), 0.0,
+    said = ReferenceFacts(frozenset(statements), _told(caption.facts), scene_facts(caption), 0.0,
                           sum(map(bool, caption.connectives)) / max(1, len(caption.words)),
                           count_function_words(caption))
     return replace(said, idle_share=_idle_share(caption, [1.0] * len(caption.statements), None, said))
+
+
+def _told(facts):
+    """The colours, sides and ways of facts, as Evidence. A side of what goes across the picture is one of its two."""
+    colours, sides, motion = {}, {}, {}
+    for fact in facts:
+        for name in fact.classes:
+            if fact.kind == "colour":
+                colours.setdefault(name, set()).update(fact.value.split("|"))
+            elif fact.kind == "side":
+                sides.setdefault(name, set()).add(fact.value)
+            elif fact.kind in ("from", "to"):
+                motion.setdefault(name, set()).add(_way(fact))
+                sides.setdefault(name, set()).add("unknown")
+    return Evidence(frozenset(), colours=colours, sides=sides, motion=motion)
 
 
 def find_support(caption, verdicts, evidence, said):

@@ -418,7 +418,7 @@ class RolloutSampler:
         total, parts = self.reward_of(entry, completion.text)
         mentions = [[mention.object, verdict, mention.start, mention.end]
                     for mention, verdict in label_mentions(completion.text, evidence)]
-        claims = [list(label) for label in label_facts(completion.text, evidence)]
+        claims = [list(label) for label in label_facts(completion.text, evidence, reference_text(entry))]
         return {"id": entry.id, "video": entry.video, "mode": entry.mode, "question": entry.question,
                 "text": completion.text, "tokens": len(completion.ids), "ended": completion.ended, "reward": total,
                 **parts, "mentions": mentions, "claims": claims, "evidence": evidence_dict(evidence)}

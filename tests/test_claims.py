@@ -151,14 +151,43 @@ def test_the_reference_never_vouches_for_an_object():
 
 
 def test_parts_of_a_contradicted_claim_by_hand():
-    """One class right, its colour wrong: P = 1/2, F1 = 2/3, R_hall = 1/2; for a light's colour 0.3 x that."""
+    """One class right, its colour wrong, which counts as four errors: P = 1/5, F1 = 1/3, R_hall = 1/5; for a light's
+    colour 0.3 x that."""
     car = physics_aware_reward("A blue car ahead brakes.", Evidence({"car"}, colours={"car": {"red"}}), C)
-    assert car.objects == pytest.approx(2 / 3) and car.hallucination == pytest.approx(0.5)
+    assert car.objects == pytest.approx(1 / 3) and car.hallucination == pytest.approx(0.2)
     light = physics_aware_reward("Red light ahead.", Evidence({"traffic light"}, light=("green",)), C)
-    assert light.hallucination == pytest.approx(0.15)
+    assert light.hallucination == pytest.approx(0.06)
     doubt = Evidence({"car"}, colours={"car": {"red", "unknown"}})
     unknown = physics_aware_reward("A blue car ahead brakes.", doubt, C)
     assert unknown.objects == 1 == unknown.hallucination
+
+
+ONE_CAR = {"counts": {"car": 1}}
+
+
+@pytest.mark.parametrize(("text", "told", "facts", "verdict"), [
+    ("A blue car brakes.", "A red car brakes.", ONE_CAR, "contradicted"),
+    ("A blue car brakes.", "A blue car brakes.", ONE_CAR, "unknown"),  # the reference can contradict, never confirm
+    ("A blue car brakes.", "A car brakes beside a red bus.", ONE_CAR, "unknown"),
+    ("A blue car brakes.", "A red car passes a blue car.", ONE_CAR, "unknown"),
+    ("A grey car brakes.", "A white car brakes.", ONE_CAR, "unknown"),  # similar
+    ("A blue car brakes.", "A red car brakes.", {}, "unknown"),  # there may be two
+    ("A blue car brakes.", "A red car brakes.", {"counts": {"car": 2}}, "unknown"),
+    ("A blue car brakes.", "A red car brakes.", {**ONE_CAR, "colours": {"car": {"blue"}}}, "supported"),
+    ("A car comes from the left.", "A car comes from the right.", ONE_CAR, "contradicted"),
+    ("A car comes from the left.", "A car moves to the left.", ONE_CAR, "contradicted"),
+    ("A car comes from the left.", "A car moves to the right.", ONE_CAR, "unknown"),
+    ("A car comes from the left.", "A car waits on the right.", ONE_CAR, "unknown"),
+    ("A car waits on the left.", "A car waits on the right.", ONE_CAR, "contradicted"),
+    ("A car waits on the left.", "A car comes from the right and waits on the right.", ONE_CAR, "unknown"),
+    ("Two cars brake.", "A car brakes.", {}, "unknown"),  # not a kind that the reference decides
+])
+def test_the_reference_contradicts_what_evidence_does_not_know_of_a_single_object(text, told, facts, verdict):
+    evidence = Evidence({"car"}, **facts)
+    assert judge_facts(read_caption(text), evidence, reference_facts(told))[-1] == verdict
+    assert label_facts(text, evidence, told)[-1][1] == verdict
+    told_pay, silent = (physics_aware_reward(text, evidence, C, reference).objects for reference in (told, None))
+    assert (told_pay < silent) == (verdict == "contradicted")
 
 
 def test_a_flat_denial_costs_even_where_the_class_is_named_elsewhere():
