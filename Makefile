@@ -7,13 +7,14 @@ export YOLO_AUTOINSTALL := false
 export YOLO_OFFLINE := true
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test test-slow results base-models lint clean help
+.PHONY: venv demo test test-slow test-gpu results base-models lint clean help
 
 help:
 	@echo "make demo         toy world -> checks -> stage 1 -> 2 -> 3 -> evaluation (about 5 minutes on 2 cores)"
 	@echo "make venv         .venv with all that requirements.txt names (the other targets do this too)"
 	@echo "make test         all tests (about 4 minutes on 2 cores)"
 	@echo "make test-slow    long runs that watch memory and files (about 3 minutes)"
+	@echo "make test-gpu     the stages and the sampler on a CUDA GPU, compared with the CPU (about a minute)"
 	@echo "make results      the demo plus all that a claim rests on: docs/results.md (hours; resumes)"
 	@echo "make base-models  build what is missing in demo/base/ from the toy world (tens of minutes)"
 	@echo "make lint         ruff"
@@ -39,10 +40,13 @@ results: $(STAMP)
 	@$(BIN)/python -m demo.results
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile --durations=10
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -q -m slow -s
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m slow -s
+
+test-gpu: $(STAMP)
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 
 base-models: $(STAMP)
 	@$(BIN)/python -m demo.base_models

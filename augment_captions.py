@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.common import fail, load_config, print0, process_rank, replacing, run_main, write_json
+from training.common import check_gpus, fail, load_config, print0, process_rank, replacing, run_main, write_json
 from training.config import AugmentConfig
 
 if __name__ == "__main__":  # answer --help and mistyped flags before the slow imports
@@ -449,6 +449,7 @@ def sample_rows(clips, folder, config, tokenizer, make_teacher):
 
 def main(argv=None, make_teacher=Teacher):
     config = load_config(AugmentConfig, argv, description=__doc__)
+    check_gpus()
     folder = Path(f"{config.output}.augment")
     clips, tokenizer, settings = prepare(config, folder)
     try:

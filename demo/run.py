@@ -176,6 +176,7 @@ def start_in_background(part: Part, mark: str, jobs: int) -> subprocess.Popen:
 
 def environment() -> dict[str, str]:
     extra = {"YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+             "CUDA_VISIBLE_DEVICES": "",  # the same numbers with a GPU as without, and two processes need no second one
              "TOKENIZERS_PARALLELISM": "false", "ULTRALYTICS_SAFE_LOAD": "1", "YOLO_CONFIG_DIR": str(OUT / ".yolo")}
     Path(extra["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
     return {**os.environ, **extra}

@@ -21,7 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-from training.common import DriveVLMError, content_sha256, fail, load_config, process_rank, run_main, write_json
+from training.common import (
+    DriveVLMError,
+    check_gpus,
+    content_sha256,
+    fail,
+    load_config,
+    process_rank,
+    run_main,
+    write_json,
+)
 from training.config import DetectConfig, DetectorSettings
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported, which takes seconds
@@ -462,6 +471,7 @@ def load_videos(config: DetectConfig) -> tuple[list[str], list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     config = load_config(DetectConfig, argv, default_config="configs/stage3.yaml", description=__doc__)
+    check_gpus()
     settings = getattr(config, config.which)
     videos, problems = load_videos(config)
     problems += weights_problems(settings, config.which) + video_reader_problems(config)

@@ -527,8 +527,8 @@ def model(request, tiny):
     return build(tiny, request.param)
 
 
-def build(tiny, llm="llm", attention=SPLIT_ATTENTION):
-    model = DriveVLM.from_base(tiny.vision, getattr(tiny, llm), num_frames=2, dtype="float32", seed=1)
+def build(tiny, llm="llm", attention=SPLIT_ATTENTION, **where):
+    model = DriveVLM.from_base(tiny.vision, getattr(tiny, llm), num_frames=2, seed=1, **{"dtype": "float32"} | where)
     model.add_lora(r=4, alpha=8, dropout=0.1, seed=2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

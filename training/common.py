@@ -4,7 +4,8 @@
     fail(problems)                                                                    one message, exit code 2
     run_main(main)                                                                    user errors without a traceback
 
-Nothing here imports torch or another module of this project, so `--help` and a mistyped flag are answered at once.
+Importing this imports neither torch nor another module of this project, so `--help` and a mistyped flag are answered at
+once.
 """
 
 import argparse
@@ -81,6 +82,16 @@ def fail(problems: list[str], title: str = "nothing was started") -> typing.NoRe
         time.sleep(3)  # give rank 0 time to print first: torchrun ends the other ranks once one has failed
     print(text, file=sys.stderr, flush=True)
     raise ConfigError(text)
+
+
+def check_gpus():
+    """Fail if torchrun has started more processes on this machine than it has GPUs."""
+    import torch
+
+    processes, cards = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < cards < processes:
+        fail([f"{processes} processes for {cards} GPU{'s' * (cards > 1)}: start torchrun with --nproc_per_node "
+              f"{cards}, or hide the GPUs (CUDA_VISIBLE_DEVICES=\"\") to compute on the CPU"])
 
 
 def write_failure(error: Exception) -> str | None:

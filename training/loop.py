@@ -50,6 +50,7 @@ from training.common import (
     StopRun,
     TrainingError,
     base_model_differences,
+    check_gpus,
     cpu_count,
     fail,
     process_rank,
@@ -188,6 +189,7 @@ def start_accelerator(timeout_hours: float = 0.5) -> Accelerator:
     """accelerate's view of this process: device, rank, sums over ranks. Silences libraries, divides CPU threads."""
     transformers.logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers are forked
+    check_gpus()
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes_here > 1:  # processes with more threads than they have cores slow each other down
         torch.set_num_threads(max(1, cpu_count() // processes_here))
