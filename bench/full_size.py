@@ -310,10 +310,11 @@ def main(argv=None):
         run_part(name, args)
     for folder in ("stage1", "stage2", "stage3", "evidence", "frames"):
         shutil.rmtree(args.work / folder, ignore_errors=True)
-    # Planning takes a minute of a core and nothing of a GPU; on a CPU it waits until nothing is measured any more.
-    plans = {stage: start_part(f"plan {stage}", args) for stage in SCRIPTS} if args.gpu else {}
+    plans = {}
     results["matrix"] = run_part("machine", args)[0]
     for stage in SCRIPTS:
+        if args.gpu:  # planning takes a minute of a core; on a CPU it waits until nothing is measured any more
+            plans[stage] = start_part(f"plan {stage}", args)
         if stage == 3:
             _, peak, seconds = run_part("detector", args)
             results["detector"] = {"seconds": seconds, "process_gb": peak}

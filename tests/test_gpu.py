@@ -3,6 +3,8 @@
 Run: `make test-gpu`
 """
 
+import dataclasses
+
 import pytest
 import torch
 from test_grpo import adapter_gradients, build, completions_of, groups_of, prompts_of, seeds_of
@@ -15,10 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
 def test_log_probs_and_gradients_are_those_of_the_cpu(tiny, shared_prefix):
-    models = [build(tiny, device=device) for device in ("cpu", "cuda")]
     logps, gradients = [], []
-    for model in models:
-        found, _, _ = completion_logps(model, groups_of(model), shared_prefix=shared_prefix)
+    for device in ("cpu", "cuda"):
+        model = build(tiny, device=device)
+        groups = [dataclasses.replace(group, visual=group.visual.to(device)) for group in groups_of(model)]
+        found, _, _ = completion_logps(model, groups, shared_prefix=shared_prefix)
         logps.append(found.detach().cpu())
         gradients.append({name: g.cpu() for name, g in adapter_gradients(model, found.sum()).items()})
     torch.testing.assert_close(*logps, atol=1e-4, rtol=1e-4)
@@ -41,7 +44,7 @@ def test_log_probs_in_bfloat16_are_about_those_of_sampling(tiny):
     model = build(tiny, device="cuda", dtype="bfloat16")
     prompts, visual = prompts_of(model)
     sampled = sample_groups(model, prompts, visual.to("cuda"), seeds_of(prompts, 8), [40] * 3)
-    groups = [Group(p, v, [c.ids for c in g]) for p, v, g in zip(prompts, visual, sampled, strict=True)]
+    groups = [Group(p, v, [c.ids for c in g]) for p, v, g in zip(prompts, visual.to("cuda"), sampled, strict=True)]
     logps, _, mask = completion_logps(model, groups)
     as_sampled = torch.tensor([x for group in sampled for c in group for x in c.logps])
     assert (logps[mask].cpu() - as_sampled).abs().max() < 0.1

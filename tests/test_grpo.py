@@ -534,7 +534,7 @@ def build(tiny, llm="llm", attention=SPLIT_ATTENTION, **where):
     with torch.no_grad():
         for name, parameter in model.llm.named_parameters():
             if ".lora_B." in name:
-                parameter.normal_(std=0.2, generator=generator)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.causal_lm.set_attn_implementation(attention)
     model.set_trainable("lora")
     model.set_lora_dropout(0.0)
