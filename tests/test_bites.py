@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import augment_captions
 import dataset
 import generate
 import model as model_module
@@ -31,10 +32,11 @@ import train_stage3
 import training.run_folder
 from dataset import IGNORE_INDEX, Entry, VideoInstructDataset, load_entries, load_split, split_by_video
 from model import DriveVLM, ModelError, head_logits, token_logps
+from stage3 import detect_objects
 from stage3.grpo import group_advantages
 from stage3.rollout import prompts_of_step
 from training import loop
-from training.common import TrainingError, read_jsonl
+from training.common import ConfigError, TrainingError, check_gpus, read_jsonl
 from training.config import DetectorSettings, Stage1Config
 
 STAGES = {1: train_stage1_ddp, 2: train_stage2, 3: train_stage3}
@@ -666,6 +668,26 @@ def test_processes_on_one_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     loop.start_accelerator()
     assert threads == [3]
+
+
+@pytest.mark.parametrize("start", [
+    loop.start_accelerator,
+    lambda: detect_objects.main(["--config", "configs/demo/stage3.yaml"]),
+    lambda: augment_captions.main(["--data", "none.json", "--output", "none.json"]),
+], ids=["a stage", "detector", "augmentation"])
+def test_more_processes_than_gpus_are_refused_before_anything_is_read(start, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError):
+        start()
+    assert "2 processes for 1 GPU: start torchrun with --nproc_per_node 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cards", [0, 2, 3])
+def test_as_many_gpus_as_processes_or_none_are_enough(cards, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    check_gpus()
 
 
 def test_data_loader_workers_leave_signals_to_the_training_process(monkeypatch):

@@ -94,6 +94,7 @@ def test_the_demo_runs_every_script_on_its_demo_config():
         for config in re.findall(r"\S+\.yaml", command):
             assert (ROOT / config).is_file(), config
     assert "--nproc_per_node 2" in commands[3]
+    assert demo.environment()["CUDA_VISIBLE_DEVICES"] == ""  # two processes, and the same numbers, with any GPU
 
 
 PROGRAMS = {"train_stage1_ddp.py": Stage1Config, "train_stage2.py": Stage2Config, "train_stage3.py": Stage3Config,
