@@ -628,13 +628,14 @@ def _told(facts):
     """The colours, sides and ways of facts, as Evidence. A side of what goes across the picture is one of its two."""
     colours, sides, motion = {}, {}, {}
     for fact in facts:
+        doubt = {"unknown"} if len(fact.classes) > 1 else set()  # "a red van" may be the car or the truck
         for name in fact.classes:
             if fact.kind == "colour":
-                colours.setdefault(name, set()).update(fact.value.split("|"))
+                colours.setdefault(name, set()).update(fact.value.split("|"), doubt)
             elif fact.kind == "side":
-                sides.setdefault(name, set()).add(fact.value)
+                sides.setdefault(name, set()).update({fact.value}, doubt)
             elif fact.kind in ("from", "to"):
-                motion.setdefault(name, set()).add(_way(fact))
+                motion.setdefault(name, set()).update({_way(fact)}, doubt)
                 sides.setdefault(name, set()).add("unknown")
     return Evidence(frozenset(), colours=colours, sides=sides, motion=motion)
 

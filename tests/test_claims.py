@@ -180,6 +180,9 @@ ONE_CAR = {"counts": {"car": 1}}
     ("A car comes from the left.", "A car waits on the right.", ONE_CAR, "unknown"),
     ("A car waits on the left.", "A car waits on the right.", ONE_CAR, "contradicted"),
     ("A car waits on the left.", "A car comes from the right and waits on the right.", ONE_CAR, "unknown"),
+    ("A blue car brakes.", "A red van brakes.", ONE_CAR, "unknown"),  # which may be a truck
+    ("A car waits on the left.", "A van waits on the right.", ONE_CAR, "unknown"),
+    ("A car comes from the left.", "A van comes from the right.", ONE_CAR, "unknown"),
     ("Two cars brake.", "A car brakes.", {}, "unknown"),  # not a kind that the reference decides
 ])
 def test_the_reference_contradicts_what_evidence_does_not_know_of_a_single_object(text, told, facts, verdict):
