@@ -53,12 +53,12 @@ NOT_READ = {"embedding", "empty_like", "new_empty", "new_zeros", "zeros_like", "
 
 
 class Ledger(TorchDispatchMode):
-    """Follows every storage that an operation makes until nothing holds it: bytes alive `now`, their `peak`, and the
-    bytes that operations `read`. Works on real tensors as on fake ones."""
+    """Follows every storage that an operation makes until nothing holds it: bytes alive `now`, their `peak`, the bytes
+    that operations `read`, and their number, `calls`. Works on real tensors as on fake ones."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak, self.read = {}, 0, 0, 0
+        self.alive, self.now, self.peak, self.read, self.calls = {}, 0, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -68,6 +68,7 @@ class Ledger(TorchDispatchMode):
             if func is aten.index.Tensor:
                 args = (args[0], rows_instead_of_masks(args[1]))
         out = func(*args, **kwargs)
+        self.calls += 1
         writes = func._schema.is_mutable
         for tensor in tree_leaves(out):
             writes |= isinstance(tensor, torch.Tensor) and self.add(tensor)
@@ -201,11 +202,13 @@ def made_up(model, shape, dtype):
 
 @dataclasses.dataclass
 class Phase:
-    """peak: bytes on the card; flops and read: of one optimizer step (of one batch, where `in_step` is false)."""
+    """peak: bytes on the card; flops, bytes read, calls of torch's operations: of one optimizer step (of one batch,
+    where `in_step` is false)."""
 
     peak: float = 0
     flops: float = 0
     read: float = 0
+    calls: float = 0
     in_step: bool = True
 
 
@@ -222,14 +225,15 @@ class Meter:
     def run(self, name, function, times=1, in_step=True):
         """function(), which the optimizer step does `times` times."""
         ledger, counter = self.ledger, FlopCounterMode(display=False)
-        ledger.peak, before = ledger.now, ledger.read
+        ledger.peak, read, calls = ledger.now, ledger.read, ledger.calls
         with as_on_gpu() if self.gpu else contextlib.nullcontext():
             with counter if self.flops else contextlib.nullcontext(), ledger:
                 result = function()
         phase = self.phases.setdefault(name, Phase(in_step=in_step))
         phase.peak = max(phase.peak, ledger.peak)
         phase.flops += times * (counter.get_total_flops() if self.flops else 0)
-        phase.read += times * (ledger.read - before)
+        phase.read += times * (ledger.read - read)
+        phase.calls += times * (ledger.calls - calls)
         return result
 
 

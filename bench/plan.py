@@ -10,12 +10,12 @@ content (torch's FakeTensorMode): each operation says what it would allocate, an
 the peak of each phase. Memory is planned for the longest rows that the configuration allows (`max_text_tokens`, all
 answers at `max_new_tokens`), time for usual ones. FLOPs are counted by torch (full attention scores, also where half of
 them are masked); GB read are all that operations read, one by one, as they run without a compiler. A phase takes as
-long as its FLOPs or its reading, whichever is longer, at 30% and 50% of what the card's data sheet promises.
+long as its FLOPs or its reading, at 30% and 50% of what the card's data sheet promises, or as its calls of torch's
+operations from Python, whichever is longest.
 
 Assumed: attention is PyTorch's sdpa by fused kernels, which keep no length x length scores. Rows with padding and
 GRPO's shared prefix need a mask of that size; it is counted, and a kernel that takes one (memory-efficient attention)
-is assumed. Not counted: the driver's context, kernels' workspaces and the allocator's gaps, for which 2 GiB are left;
-and the launches of kernels, which may take longer than the work where answers are decoded token by token.
+is assumed. Not counted: the driver's context, kernels' workspaces and the allocator's gaps, for which 2 GiB are left.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from training.common import fail, load_config, run_main, write_json
 
 RESERVED_GIB = 2.0
 SHARES = (0.3, 0.5)  # of the card's data sheet
+CALL_SECONDS = 10e-6  # of Python for a call: decoding with configs/stage3.yaml took 10.5e-6 on an H200's host
 # tokens of a usual answer: the mean of 300 real captions by Qwen3's tokenizer; a Copilot line of 45 words
 USUAL_ANSWER = {"microscope": 442, "copilot": 53}
 TOKENS_PER_WORD = 1.17  # of these captions
@@ -115,20 +116,23 @@ def make_plan(config, stage, card, clips, batch=True):
     longest, budget = longest_answers(config, stage), (card.gib - RESERVED_GIB) * GIB
     memory = phases_of(config, stage, bases, longest)
     work = phases_of(config, stage, bases, usual, flops=True)
-    steps, peak, rows, step_seconds = count_steps(config, stage, entries), peak_of(memory), [], 0.0
+    steps, peak, rows = count_steps(config, stage, entries), peak_of(memory), []
+    step_seconds = dict.fromkeys(map(str, SHARES), 0.0)
     for name, phase in memory.items():
-        flops, read = work[name].flops, work[name].read
-        seconds = max(flops / card.tflops / 1e12, read / card.gb_per_second / 1e9)  # at what the data sheet promises
-        step_seconds += seconds if phase.in_step else 0.0
+        flops, read, calls = work[name].flops, work[name].read, work[name].calls
+        promised = max(flops / card.tflops / 1e12, read / card.gb_per_second / 1e9)  # by the data sheet
+        seconds = {str(share): max(promised / share, calls * CALL_SECONDS) for share in SHARES}
+        for share in seconds if phase.in_step else ():
+            step_seconds[share] += seconds[share]
         rows.append({"phase": name, "peak_gib": phase.peak / GIB, "tflop": flops / 1e12, "gb_read": read / 1e9,
-                     "in_step": phase.in_step, "seconds": {str(share): seconds / share for share in SHARES}})
+                     "calls": round(calls), "in_step": phase.in_step, "seconds": seconds})
     return {"stage": stage, "card": dataclasses.asdict(card), "language_model": config.language_model,
             "vision_model": config.vision_model, "clips": source, "entries": len(entries), "steps": steps,
             "rows_a_step": config.per_device_batch_size * config.gradient_accumulation_steps,
             "longest_answers": longest, "usual_answers": usual,
             "peak_gib": peak / GIB, "budget_gib": budget / GIB, "fits": peak <= budget,
             "largest_batch": largest_batch(config, stage, bases, memory, budget) if batch else None,
-            "hours": {str(share): steps * step_seconds / share / 3600 for share in SHARES}, "phases": rows,
+            "hours": {share: steps * seconds / 3600 for share, seconds in step_seconds.items()}, "phases": rows,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
 
 
@@ -142,12 +146,13 @@ def plan_table(plan, name):
     card, batch, hours = plan["card"], plan["largest_batch"], plan["hours"]
     lines = [f"{name}, stage {plan['stage']}, on one {card['name']} ({card['gib']:g} GiB) | {plan['language_model']}, "
              f"{plan['vision_model']} | torch {plan['versions']['torch']}", "",
-             f"| phase | peak GiB | TFLOP | GB read | s at {SHARES[0]:.0%} | s at {SHARES[1]:.0%} |",
-             "| --- | --- | --- | --- | --- | --- |"]
+             f"| phase | peak GiB | TFLOP | GB read | 1,000 calls | s at {SHARES[0]:.0%} | s at {SHARES[1]:.0%} |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in plan["phases"]:
         seconds = f"{row['seconds'][low]:,.1f} | {row['seconds'][high]:,.1f}"
         phase = row["phase"] if row["in_step"] else f"{row['phase']} *"
-        lines.append(f"| {phase} | {row['peak_gib']:.1f} | {row['tflop']:,.1f} | {row['gb_read']:,.0f} | {seconds} |")
+        lines.append(f"| {phase} | {row['peak_gib']:.1f} | {row['tflop']:,.1f} | {row['gb_read']:,.0f} | "
+                     f"{row['calls'] / 1000:,.0f} | {seconds} |")
     longest, usual = (list_answers(plan[key]) for key in ("longest_answers", "usual_answers"))
     lines += ["", f"All of an optimizer step; *: once, of one batch. Answers in tokens: for memory {longest}; for time "
                   f"{usual}.",

@@ -185,10 +185,27 @@ def test_a_plan_of_local_models(tiny, tmp_path, capsys):
     assert "Fits" in out and "update: forward and backward" in out
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["stage"] == 3 and written["fits"] and written["steps"] == 70
-    assert written["hours"]["0.3"] > written["hours"]["0.5"] > 0
+    waiting = {row["phase"]: row["calls"] * plan.CALL_SECONDS for row in written["phases"]}
+    seconds = {row["phase"]: row["seconds"]["0.5"] for row in written["phases"]}
+    assert seconds == pytest.approx(waiting, rel=0.01)  # the model is tiny: Python decides
+    assert waiting["sampling: decoding"] > waiting["sampling: prefill"] > 0
+    in_step = sum(row["seconds"]["0.5"] for row in written["phases"] if row["in_step"])
+    assert written["hours"]["0.5"] == pytest.approx(70 * in_step / 3600)
     tight = plan.make_plan(plan.read_config(path, 3, flags), 3, Card("small", plan.RESERVED_GIB, 1, 1), 100)
     assert not tight["fits"] and tight["largest_batch"] == 0
     assert "DOES NOT FIT" in plan.plan_table(tight, path)
+
+
+def test_where_python_does_not_decide_the_card_does(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "CALL_SECONDS", 0.0)
+    flags = ["--vision_model", str(tiny.vision), "--language_model", str(tiny.llm), "--num_frames", "4", "--dtype",
+             "float32", "--data", str(tmp_path / "none.json")]
+    found = plan.make_plan(plan.read_config(str(ROOT / "configs/demo/stage1.yaml"), 1, flags), 1,
+                           Card("small", 8, 1e-3, 1), 100, batch=False)
+    for row in found["phases"]:
+        promised = max(row["tflop"] / 1e-3, row["gb_read"] / 1)
+        assert row["seconds"] == {"0.3": pytest.approx(promised / 0.3), "0.5": pytest.approx(promised / 0.5)}
+    assert found["hours"]["0.3"] > found["hours"]["0.5"] > 0
 
 
 def test_a_model_that_is_not_known_is_one_clear_error(tmp_path, capsys):
