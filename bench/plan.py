@@ -33,7 +33,7 @@ from training.common import fail, load_config, run_main, write_json
 
 RESERVED_GIB = 2.0
 SHARES = (0.3, 0.5)  # of the card's data sheet
-CALL_SECONDS = 10e-6  # of Python for a call: decoding with configs/stage3.yaml took 10.5e-6 on an H200's host
+CALL_SECONDS = 20e-6  # of Python for a call: decoding with configs/stage3.yaml took 19.5e-6 on an H200's host
 # tokens of a usual answer: the mean of 300 real captions by Qwen3's tokenizer; a Copilot line of 45 words
 USUAL_ANSWER = {"microscope": 442, "copilot": 53}
 TOKENS_PER_WORD = 1.17  # of these captions
