@@ -14,7 +14,7 @@ help:
 	@echo "make venv         .venv with all that requirements.txt names (the other targets do this too)"
 	@echo "make test         all tests (about 4 minutes on 2 cores)"
 	@echo "make test-slow    long runs that watch memory and files (about 3 minutes)"
-	@echo "make test-gpu     the stages and the sampler on a CUDA GPU, compared with the CPU (about a minute)"
+	@echo "make test-gpu     log-probs, gradients and sampling on a CUDA GPU against the CPU (about a minute)"
 	@echo "make results      the demo plus all that a claim rests on: docs/results.md (hours; resumes)"
 	@echo "make base-models  build what is missing in demo/base/ from the toy world (tens of minutes)"
 	@echo "make lint         ruff"

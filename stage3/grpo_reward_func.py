@@ -436,8 +436,8 @@ def reference_contradicts(fact, evidence, told):
     names = [name for name in fact.classes if name in evidence.present]
     if fact.kind in ("from", "to"):
         names = [name for name in names if told.motion.get(name)]  # "on the left" says nothing of where it came from
-    single = names and all((evidence.counts or {}).get(name) == 1 for name in names)
-    return bool(single) and all(_judge(fact, name, told) == "contradicted" for name in names)
+    counts = evidence.counts or {}
+    return bool(names) and all(counts.get(name) == 1 and _judge(fact, name, told) == "contradicted" for name in names)
 
 
 def _judge(fact, name, evidence):

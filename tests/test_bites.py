@@ -33,8 +33,9 @@ import training.run_folder
 from dataset import IGNORE_INDEX, Entry, VideoInstructDataset, load_entries, load_split, split_by_video
 from model import DriveVLM, ModelError, head_logits, token_logps
 from stage3 import detect_objects
+from stage3.evidence import Evidence
 from stage3.grpo import group_advantages
-from stage3.rollout import prompts_of_step
+from stage3.rollout import Completion, RolloutSampler, prompts_of_step
 from training import loop
 from training.common import ConfigError, TrainingError, check_gpus, read_jsonl
 from training.config import DetectorSettings, Stage1Config
@@ -670,12 +671,20 @@ def test_processes_on_one_machine_share_its_cores(monkeypatch):
     assert threads == [3]
 
 
+def test_a_rollout_shows_what_its_reference_contradicts():
+    entry = Entry("car#copilot", "car.mp4", "copilot", dataset.MODES["copilot"], ("A red car brakes.",))
+    sampler = SimpleNamespace(evidence={"car.mp4": Evidence({"car"}, counts={"car": 1})},
+                              reward_of=lambda *_: (0.5, {}))
+    line = RolloutSampler.score(sampler, entry, Completion([1], True, "A blue car brakes.", [0.0]))
+    assert line["claims"] == [["car colour blue", "contradicted", 2, 6]]
+
+
 @pytest.mark.parametrize("start", [
     loop.start_accelerator,
     lambda: detect_objects.main(["--config", "configs/demo/stage3.yaml"]),
     lambda: augment_captions.main(["--data", "none.json", "--output", "none.json"]),
 ], ids=["a stage", "detector", "augmentation"])
-def test_more_processes_than_gpus_are_refused_before_anything_is_read(start, monkeypatch, capsys):
+def test_more_processes_than_gpus_are_refused_with_what_to_do(start, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError):

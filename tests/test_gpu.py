@@ -1,4 +1,4 @@
-"""What a GPU computes is what the CPU computes; the stages train, resume and stop there as here. Needs a CUDA GPU.
+"""Log-probs, gradients and sampled answers on a CUDA GPU are those of the CPU.
 
 Run: `make test-gpu`
 """

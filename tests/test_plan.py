@@ -1,11 +1,13 @@
 """bench/plan.py: memory as it is planned, and as real steps take it; what a plan says of a configuration."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch._subclasses import FakeTensorMode
 from transformers import AutoTokenizer, Qwen3Config, SiglipVisionConfig
 
 from bench import plan
@@ -194,6 +196,15 @@ def test_a_plan_of_local_models(tiny, tmp_path, capsys):
     tight = plan.make_plan(plan.read_config(path, 3, flags), 3, Card("small", plan.RESERVED_GIB, 1, 1), 100)
     assert not tight["fits"] and tight["largest_batch"] == 0
     assert "DOES NOT FIT" in plan.plan_table(tight, path)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_calls_are_those_of_real_tensors(fake):
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        a = torch.ones(2, 3)
+    with Ledger() as ledger:
+        a @ a.t()  # a fake tensor is asked for its device here
+    assert ledger.calls == 2
 
 
 def test_where_python_does_not_decide_the_card_does(tiny, tmp_path, monkeypatch):
